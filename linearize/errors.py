@@ -1,0 +1,29 @@
+"""Errors that a user can cause, and the words for names that match nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LinearizeError(ValueError):
+    """A user's mistake: the command line prints it as one paragraph and exits with code 2."""
+
+
+class UnknownNameError(LinearizeError):
+    """A name that matches nothing that exists.
+
+    Args:
+        kind: what was looked for, as a noun ("gate", "recipe").
+        name: what was given.
+        known: every name that would have been accepted.
+        where: the key or file that held the name.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], where: str = "") -> None:
+        options = sorted(known)
+        near = difflib.get_close_matches(str(name), options, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+        place = f" at `{where}`" if where else ""
+        listed = ", ".join(options) if options else "none"
+        super().__init__(f"Unknown {kind} {name!r}{place}.{hint} Known: {listed}.")

@@ -1,0 +1,108 @@
+"""Naive recurrences in fp64, one token at a time: the ground truth that every other implementation is compared with.
+
+Legend: B batch, T tokens, H query heads, G KV heads (query head h reads KV head h // (H // G)), K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gated_linear_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    initial_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gated linear attention by its recurrence, `S_t = exp(g_t) S_{t-1} + k_t v_t^T`, `o_t = scale q_t^T S_t`.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, G, K].
+        v: [B, T, G, V].
+        log_decay: None, [G], [B, T, G] or [B, T, G, K].
+        scale: factor on the outputs.
+        starts: [B, T], first visible token of each token; -1 continues the initial state (see `gated_linear_attention`).
+            A row's entry may change only at a token that is not past the new start.
+        initial_state: [B, G, K, V].
+        initial_norm: [B, G, K].
+
+    Returns:
+        o [B, T, H, V], normalizer [B, T, H], state [B, G, K, V], norm [B, G, K], all fp64.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    batch, length, heads, key_dim = q.shape
+    groups, value_dim = k.shape[2], v.shape[-1]
+    repeat = heads // groups
+    if log_decay is None:
+        log_decay = q.new_zeros(groups)
+    g = log_decay.double()
+    if g.dim() == 1:
+        g = g.expand(batch, length, groups)
+    if g.dim() == 3:
+        g = g[..., None].expand(batch, length, groups, key_dim)
+    outputs, normalizers = [], []
+    state = q.new_zeros(batch, groups, key_dim, value_dim) if initial_state is None else initial_state.double()
+    norm = q.new_zeros(batch, groups, key_dim) if initial_norm is None else initial_norm.double()
+    previous = q.new_full((batch,), -1)
+    for t in range(length):
+        write = q.new_ones(batch, 1, 1)
+        if starts is not None:
+            fresh = (starts[:, t] != previous).view(batch, 1, 1)
+            state, norm = state.masked_fill(fresh[..., None], 0.0), norm.masked_fill(fresh, 0.0)
+            write = (starts[:, t] <= t).view(batch, 1, 1).double()
+            previous = starts[:, t].double()
+        decay = g[:, t].exp()
+        state = state * decay[..., None] + write[..., None] * k[:, t, :, :, None] * v[:, t, :, None, :]
+        norm = norm * decay + write * k[:, t]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state.repeat_interleave(repeat, 1)))
+        normalizers.append(scale * torch.einsum("bhk,bhk->bh", q[:, t], norm.repeat_interleave(repeat, 1)))
+    return torch.stack(outputs, 1), torch.stack(normalizers, 1), state, norm
+
+
+def window_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sliding softmax attention with sinks through its full [T, T] mask.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, G, K].
+        v: [B, T, G, V].
+        window: visible tokens, the query's own included.
+        sinks: first tokens of a document that stay visible.
+        scale: factor on the scores; K**-0.5 by default.
+        starts: [B, T], first visible token of each token.
+
+    Returns:
+        o [B, T, H, V], log-sum-exp [B, T, H] and largest score [B, T, H], fp64; o is 0 where nothing is visible.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    batch, length, heads, key_dim = q.shape
+    repeat = heads // k.shape[2]
+    k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * (key_dim**-0.5 if scale is None else scale)
+    i = torch.arange(length, device=q.device)[:, None]
+    j = torch.arange(length, device=q.device)[None, :]
+    first = torch.zeros(batch, length, 1, device=q.device, dtype=torch.long)
+    if starts is not None:
+        first = starts.long().clamp(min=0)[..., None]
+    visible = (j >= first) & (j <= i) & ((i - j < window) | (j - first < sinks))
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = torch.where(visible[:, None], (scores - lse[..., None].clamp(min=-1e300)).exp(), 0.0)
+    o = torch.einsum("bhij,bjhv->bihv", weights, v)
+    return o, lse.transpose(1, 2), scores.amax(-1).transpose(1, 2)

@@ -1,0 +1,185 @@
+"""Causal sliding-window softmax attention with sink tokens, on grouped KV heads.
+
+Legend: B batch, T tokens, H query heads, G KV heads (H = G * R), K key dim, V value dim, W window, S sinks,
+C block of queries, N blocks, J keys of a block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels.backend import select
+from linearize.kernels.gated_linear import starts_from_cu_seqlens
+
+BLOCK = 64
+
+
+class WindowOutput(NamedTuple):
+    """What window attention returns.
+
+    Attributes:
+        o: outputs [B, T, H, V] in q's dtype; 0 where nothing is visible.
+        lse: log-sum-exp of the visible scaled scores [B, T, H] in fp32; -inf where nothing is visible.
+        row_max: largest visible scaled score [B, T, H] in fp32; -inf where nothing is visible.
+    """
+
+    o: Tensor
+    lse: Tensor
+    row_max: Tensor
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    scale: float | None = None,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> WindowOutput:
+    """Softmax attention of each token to the last `window` tokens, itself included, and to its document's first `sinks`.
+
+    Sinks follow StreamingLLM (arXiv:2309.17453), without its position shift.
+
+    Args:
+        q: queries [B, T, H, K], any strides.
+        k: keys [B, T, G, K], H a multiple of G.
+        v: values [B, T, G, V].
+        window: visible tokens, at least 1.
+        sinks: always visible first tokens of a document.
+        scale: factor on the scores; K**-0.5 by default.
+        starts: int [B, T], first token of each token's document; values below 0 count as 0.
+        cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
+
+    Returns:
+        Outputs, log-sum-exp and largest score; all differentiable.
+
+    Raises:
+        ValueError: shapes do not fit, or `window` is below 1.
+    """
+    batch, length, heads, key_dim = q.shape
+    if k.shape[:2] != (batch, length) or v.shape[:3] != k.shape[:3] or k.shape[-1] != key_dim or heads % k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected q [B, T, H, K], "
+            "k [B, T, G, K], v [B, T, G, V] with H a multiple of G."
+        )
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}.")
+    scale = key_dim**-0.5 if scale is None else scale
+    if cu_seqlens is not None:
+        if starts is not None or batch != 1:
+            raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {batch}.")
+        starts = starts_from_cu_seqlens(cu_seqlens, length)
+    backend = select("window", q)
+    if backend == "triton":
+        from linearize.kernels.window_triton import window_triton
+
+        return WindowOutput(*window_triton(q, k, v, window, sinks, scale, starts))
+    if backend == "reference":
+        from linearize.kernels.reference import window_reference
+
+        o, lse, row_max = window_reference(q, k, v, window=window, sinks=sinks, scale=scale, starts=starts)
+        return WindowOutput(o.to(q.dtype), lse.float(), row_max.float())
+    return _blocked(q, k, v, window, sinks, scale, starts)
+
+
+def window_step(
+    q: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    length: Tensor,
+    *,
+    scale: float | None = None,
+) -> WindowOutput:
+    """One token of window attention, after its key and value were written to slot `length % W` of the rings.
+
+    Args:
+        q: [B, H, K].
+        k_ring: last W keys [B, W, G, K]; token t lies in slot t % W.
+        v_ring: [B, W, G, V].
+        sink_k: first S keys [B, S, G, K], or None.
+        sink_v: [B, S, G, V], or None.
+        length: int [B], tokens of the row before this one.
+        scale: factor on the scores; K**-0.5 by default.
+
+    Returns:
+        o [B, H, V], log-sum-exp [B, H], largest score [B, H].
+    """
+    window = k_ring.shape[1]
+    slot = torch.arange(window, device=q.device)
+    visible = slot <= length[:, None]
+    keys, values = k_ring, v_ring
+    if sink_k is not None and sink_v is not None:
+        sink = torch.arange(sink_k.shape[1], device=q.device)
+        visible = torch.cat([sink <= length[:, None] - window, visible], 1)
+        keys, values = torch.cat([sink_k, keys], 1), torch.cat([sink_v, values], 1)
+    batch, heads, key_dim = q.shape
+    groups = keys.shape[2]
+    queries = q.float().view(batch, groups, heads // groups, 1, key_dim) * (key_dim**-0.5 if scale is None else scale)
+    o, lse, row_max = _softmax(queries, keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1), visible[:, None, None, None])
+    return WindowOutput(o.flatten(1, 3).to(q.dtype), lse.flatten(1), row_max.flatten(1))
+
+
+def _softmax(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked softmax attention: queries [B, G, R, ..., C, K], keys [B, G, 1, ..., J, K], values [B, G, ..., J, V]."""
+    scores = (queries @ keys.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+    row_max = scores.amax(-1, keepdim=True)
+    weights = (scores - row_max.masked_fill(row_max == -torch.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    o = (weights @ values[:, :, None]) / total.masked_fill(empty, 1.0)
+    lse = total.masked_fill(empty, 1.0).log() + row_max
+    return o, lse[..., 0], row_max[..., 0]
+
+
+def _blocked(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float, starts: Tensor | None
+) -> WindowOutput:
+    """Blocks of C <= W queries against the blocks that their windows reach, so that memory is linear in T."""
+    batch, length, heads, _ = q.shape
+    groups = k.shape[2]
+    block = length if length <= 2 * window else min(window, BLOCK)
+    blocks = -(-length // block)
+    pad = blocks * block - length
+    reach = min(-(-(window - 1) // block), blocks - 1)
+
+    def split(x: Tensor) -> Tensor:
+        """[B, T, G, D] -> fp32 [B, G, N, C, D]"""
+        return F.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, block)).movedim(3, 1)
+
+    def with_earlier(x: Tensor) -> Tensor:
+        """[B, G, N, C, D] -> [B, G, N, (reach + 1) * C, D], each block behind the `reach` blocks before it."""
+        return torch.cat([F.pad(x, (0, 0, 0, 0, n, 0))[:, :, :blocks] for n in range(reach, -1, -1)], 3)
+
+    queries = split(q * scale).unflatten(1, (groups, heads // groups))
+    keys, values = with_earlier(split(k)), with_earlier(split(v))
+    position = torch.arange(blocks * block, device=q.device).view(blocks, block)
+    i = position[None, :, :, None]  # [1, N, C, 1]
+    j = (position[:, :1] - reach * block + torch.arange((reach + 1) * block, device=q.device))[None, :, None]
+    first = torch.zeros_like(i)
+    if starts is not None:
+        first = F.pad(starts.clamp(min=0), (0, pad)).view(batch, blocks, block, 1).to(i.dtype)
+    visible = (j >= first) & (j <= i) & ((i - j < window) | (j - first < sinks) & (blocks == 1))
+    if sinks and blocks > 1:
+        begin = first[:, :, :1]  # [B or 1, N, 1, 1]
+        sink = begin + torch.arange(sinks, device=q.device)
+        visible = torch.cat([visible, (sink <= i - window) & (first == begin)], -1)
+        at = sink.view(sink.shape[0], -1).clamp(max=length - 1).expand(batch, -1)
+        rows = torch.arange(batch, device=q.device)[:, None]
+        keys = torch.cat([keys, k.float()[rows, at].unflatten(1, (blocks, sinks)).movedim(3, 1)], 3)
+        values = torch.cat([values, v.float()[rows, at].unflatten(1, (blocks, sinks)).movedim(3, 1)], 3)
+    o, lse, row_max = _softmax(queries, keys[:, :, None], values, visible[:, None, None])
+
+    def join(x: Tensor) -> Tensor:
+        """[B, G, R, N, C, ...] -> [B, T, H, ...]"""
+        return x.flatten(1, 2).movedim(1, 3).flatten(1, 2)[:, :length]
+
+    return WindowOutput(join(o).to(q.dtype), join(lse), join(row_max))

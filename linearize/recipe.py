@@ -6,9 +6,17 @@ model. Mixer parts are checked against their registered classes by `linearize.mi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from linearize import yaml_io
+from linearize.errors import LinearizeError, UnknownNameError
+from linearize.recipe_errors import explain
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 class Strict(BaseModel):
@@ -34,14 +42,14 @@ class Part(BaseModel):
 
 
 class Window(Strict):
-    """A causal sliding softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document."""
+    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document."""
 
     size: int = Field(64, ge=1)
     sinks: int = Field(0, ge=0)
 
 
 class Mixer(Strict):
-    """What replaces softmax attention: five parts and four switches (design: feature map, gate, memory, window, combine).
+    """What replaces softmax attention: five parts (feature map, gate, memory, window, combine) and switches.
 
     Args:
         rotary: the memory sees queries and keys after the rotary embedding (LoLCATs) or before it (Liger).
@@ -63,6 +71,10 @@ class Mixer(Strict):
     output_gate: bool = False
 
 
+NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+Pair: TypeAlias = Annotated[tuple[NonNegative, NonNegative], Field(strict=False)]
+
+
 class Optimizer(Strict):
     """AdamW and its schedule. `warmup` and the cosine are fractions of the stage's steps."""
 
@@ -71,8 +83,16 @@ class Optimizer(Strict):
     warmup: float = Field(0.05, ge=0, lt=1)
     min_lr: float = Field(0.0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     clip: float | None = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self
 
 
 class Lora(Strict):
@@ -81,7 +101,7 @@ class Lora(Strict):
     r: int = Field(8, ge=1)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    targets: list[str] = Field(["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
 
 
 class Stage(Strict):
@@ -92,12 +112,18 @@ class Stage(Strict):
     micro_batch: int | None = Field(None, ge=1)
     optimizer: Optimizer = Optimizer()
 
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
+        return self
+
 
 class Transfer(Stage):
     """Attention transfer: each mixer learns its own layer's attention output, layers isolated from each other.
 
     Args:
-        train: `mixer` trains the mixer's own parameters; `qk` and `qkvo` train LoRA deltas that the mixer alone sees, too.
+        train: `mixer` trains the mixer's own parameters; `qk` and `qkvo` add LoRA deltas that it alone sees.
         target: compare before or after the output projection.
         loss: squared error, as it is or divided by the target's mean square.
         scale: factor on the loss (LoLCATs: 1000).
@@ -109,6 +135,14 @@ class Transfer(Stage):
     loss: Literal["mse", "normalized_mse"] = "normalized_mse"
     scale: float = Field(1.0, gt=0)
     lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.train == "mixer" and self.lora != Lora():
+            raise ValueError(
+                "`lora` is set but `train: mixer` has no adapters; use `train: qk` or `qkvo`, or drop `lora`"
+            )
+        return self
 
 
 class Finetune(Stage):
@@ -126,8 +160,14 @@ class Finetune(Stage):
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        if self.train == "full" and self.lora != Lora():
+            raise ValueError("`lora` is set but `train: full` has no adapters; use `train: lora`, or drop `lora`")
+        return self
 
-AnyStage = Annotated[Transfer | Finetune, Field(discriminator="stage")]
+
+AnyStage: TypeAlias = Annotated[Transfer | Finetune, Field(discriminator="stage")]
 
 
 class Data(Strict):
@@ -139,7 +179,7 @@ class Data(Strict):
         loss: train on all tokens or on the responses alone.
         length: tokens a row.
         held_out: rows kept for evaluation.
-        shuffle_seed: order of the rows; the run's seed where it is not given.
+        streaming: read the source row by row instead of all at once.
     """
 
     source: str | list[str] = "builtin"
@@ -171,12 +211,202 @@ class Recipe(Strict):
         stages: what recovers the quality, in order.
     """
 
-    name: str
+    name: str = Field(min_length=1)
     description: str = ""
     paper: str | None = None
     mixer: Mixer | None = Mixer()
-    layers: Literal["all"] | list[int] = "all"
-    exact_heads: list[tuple[int, int]] = []
+    layers: Literal["all"] | list[NonNegative] = "all"
+    exact_heads: list[Pair] = []
     stages: list[AnyStage] = []
     data: Data = Data()
     quick: Quick = Quick()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_layers()
+        self._check_exact_heads()
+        if self.mixer is None and any(isinstance(stage, Transfer) for stage in self.stages):
+            raise ValueError("a `transfer` stage needs a mixer to train, and `mixer` is null")
+        return self
+
+    def _check_layers(self) -> None:
+        if self.layers == "all":
+            return
+        if self.mixer is None:
+            raise ValueError("`layers` names layers to convert, and `mixer` is null")
+        if not self.layers:
+            raise ValueError("`layers` is empty; use `all`, or `mixer: null` to convert nothing")
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"`layers` repeats a layer: {self.layers}")
+
+    def _check_exact_heads(self) -> None:
+        if self.mixer is None and self.exact_heads:
+            raise ValueError("`exact_heads` has no effect where `mixer` is null; drop it")
+        if len(set(self.exact_heads)) < len(self.exact_heads):
+            raise ValueError(f"`exact_heads` repeats a pair: {[list(pair) for pair in self.exact_heads]}")
+        for layer, head in self.exact_heads:
+            if self.layers != "all" and layer not in self.layers:
+                raise ValueError(f"`exact_heads` has [{layer}, {head}], but layer {layer} is not among `layers`")
+
+    @classmethod
+    def parse(cls, value: Any, where: str) -> Recipe:
+        """Return the recipe that a parsed YAML value describes.
+
+        Args:
+            value: what `yaml_io.parse` returned.
+            where: the file or name it came from; used in errors.
+
+        Raises:
+            LinearizeError: with the key, what was expected and what was got.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise LinearizeError(explain(error, value, cls, where)) from None
+
+    @classmethod
+    def from_yaml(cls, path_or_name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Return the recipe in a YAML file or in the package.
+
+        Args:
+            path_or_name: a file that ends in .yaml or .yml, or a packaged name such as `liger` or `paper/liger`.
+            overrides: `key.path=value` settings that replace the file's, in order.
+
+        Raises:
+            UnknownNameError: no packaged recipe has this name.
+            LinearizeError: the file is missing, is not a recipe, or an override names no key of it.
+        """
+        path = recipe_path(path_or_name)
+        recipe = cls.parse(yaml_io.read(path), str(path_or_name))
+        return recipe.with_overrides(overrides)
+
+    @classmethod
+    def resolve(cls, recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """Return a recipe from an object, a name or a file, with overrides applied."""
+        if isinstance(recipe, Recipe):
+            return recipe.with_overrides(overrides)
+        return cls.from_yaml(recipe, overrides)
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe, defaults included, as YAML that `from_yaml` reads back to an equal object."""
+        return yaml_io.dump(_tree(self, short=True))
+
+    def with_overrides(self, overrides: Iterable[str]) -> Recipe:
+        """Return a copy with dotted settings replaced, for example `stages.0.optimizer.lr=1e-4`.
+
+        Raises:
+            LinearizeError: an override has no `=`, names no key, or gives a value that the key does not take.
+        """
+        settings = list(overrides)
+        if not settings:
+            return self
+        tree = _tree(self)
+        for setting in settings:
+            _set(tree, setting)
+        return self.parse(tree, f"{self.name} with {' '.join(settings)}")
+
+    def with_tokens(self, total: int) -> Recipe:
+        """Return a copy whose stages train `total` tokens together, split in this recipe's ratio.
+
+        Raises:
+            LinearizeError: the recipe has no stage, or `total` gives a stage no token.
+        """
+        if not self.stages:
+            raise LinearizeError(f"Recipe {self.name!r} has no stage, so a token budget has nothing to train.")
+        now = [stage.tokens for stage in self.stages]
+        ends = [round(total * sum(now[: i + 1]) / sum(now)) for i in range(len(now))]
+        shares = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        if min(shares) < 1:
+            raise LinearizeError(
+                f"{total} tokens leave a stage of recipe {self.name!r} with none; give it more tokens."
+            )
+        tree = _tree(self)
+        for stage, share in zip(tree["stages"], shares, strict=True):
+            stage["tokens"] = share
+        return self.parse(tree, self.name)
+
+    def with_quick(self) -> Recipe:
+        """Return a copy cut down to the sizes of its `quick` section, on builtin data: minutes on a CPU."""
+        tree = _tree(self)
+        tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
+        for stage in tree["stages"]:
+            stage["batch"], stage["micro_batch"] = self.quick.batch, None
+        recipe = self.parse(tree, self.name)
+        return recipe.with_tokens(self.quick.tokens) if self.stages else recipe
+
+
+def recipe_names() -> list[str]:
+    """Return the name of every packaged recipe, sorted."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def recipe_path(path_or_name: str | Path) -> Path:
+    """Return the file of a recipe that is given as a packaged name or as a path to a YAML file.
+
+    Raises:
+        UnknownNameError: no packaged recipe has this name.
+        LinearizeError: the path to a YAML file holds no file.
+    """
+    path = Path(path_or_name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise LinearizeError(f"There is no recipe file {path}. `linearize ls` lists the packaged recipes.")
+        return path
+    names = recipe_names()
+    if str(path_or_name) not in names:
+        raise UnknownNameError("recipe", str(path_or_name), names)
+    return RECIPES / f"{path_or_name}.yaml"
+
+
+class _Fields(dict[str, Any]):
+    """The fields of a recipe type as a tree: the keys are all that there are."""
+
+
+def _tree(node: Any, short: bool = False) -> Any:
+    """Return a recipe type as a tree of dicts and lists; `short` writes a part without options as its name."""
+    if isinstance(node, Part):
+        options = {key: _tree(value, short) for key, value in (node.model_extra or {}).items()}
+        return node.name if short and not options else {"name": node.name, **options}
+    if isinstance(node, BaseModel):
+        order = sorted(type(node).model_fields, key=lambda key: key != "stage")
+        return _Fields({key: _tree(getattr(node, key), short) for key in order})
+    if isinstance(node, dict):
+        return {key: _tree(value, short) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_tree(item, short) for item in node]
+    return node
+
+
+def _set(tree: Any, setting: str) -> None:
+    """Write one `key.path=value` into a tree from `_tree`."""
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise LinearizeError(f"The override {setting!r} is not of the form key.path=value, such as data.length=512.")
+    keys = path.split(".")
+    node = tree
+    for depth, key in enumerate(keys):
+        at = _locate(node, key, ".".join(keys[:depth]), setting)
+        if depth == len(keys) - 1:
+            node[at] = yaml_io.parse(text, f"the override {setting!r}")
+        else:
+            node = node[at]
+
+
+def _locate(node: Any, key: str, parent: str, setting: str) -> str | int:
+    """Return `key` as the index that it is in `node`, which sits at the path `parent`."""
+    place = f"`{parent}`" if parent else "the recipe"
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise LinearizeError(
+                f"The override {setting!r} names entry {key!r} of {place}, a list of {len(node)}: "
+                f"give an index below {len(node)}, or the whole list."
+            )
+        return int(key)
+    if isinstance(node, _Fields) and key not in node:
+        raise UnknownNameError("key", key, node, where=setting)
+    if not isinstance(node, dict):
+        raise LinearizeError(
+            f"The override {setting!r} names key {key!r} of {place}, which is {node!r}: "
+            f"set {place} as a whole, as in {parent}={{{key}: ...}}."
+        )
+    return key

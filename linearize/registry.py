@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from linearize.errors import LinearizeError, UnknownNameError
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 class Registry(Generic[T]):
@@ -21,18 +22,20 @@ class Registry(Generic[T]):
         self.kind = kind
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Entry], Entry]:
         """Return a decorator that enters its argument under `name`.
 
         Raises:
             LinearizeError: `name` is taken by another class.
         """
 
-        def enter(entry: T) -> T:
+        def enter(entry: Entry) -> Entry:
             taken = self._entries.get(name)
             if taken is not None and getattr(taken, "__qualname__", taken) != getattr(entry, "__qualname__", entry):
-                raise LinearizeError(f"The {self.kind} {name!r} is already registered by {taken!r}; choose another name.")
-            self._entries[name] = entry
+                raise LinearizeError(
+                    f"The {self.kind} {name!r} is already registered by {taken!r}; choose another name."
+                )
+            self._entries[name] = cast(T, entry)
             return entry
 
         return enter
@@ -59,3 +62,8 @@ feature_maps: Registry[type] = Registry("feature map")
 gates: Registry[type] = Registry("gate")
 memories: Registry[type] = Registry("memory")
 combines: Registry[type] = Registry("combine")
+
+register_feature_map = feature_maps.register
+register_gate = gates.register
+register_memory = memories.register
+register_combine = combines.register

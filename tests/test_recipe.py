@@ -1,0 +1,227 @@
+"""Recipes: YAML in and out, strictness, overrides, budgets, and what the packaged ones promise."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linearize import yaml_io
+from linearize.errors import LinearizeError, UnknownNameError
+from linearize.recipe import Finetune, Mixer, Part, Recipe, Transfer, Window, recipe_names, recipe_path
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe(
+        name="mine",
+        mixer=Mixer(gate=Part(name="key", normalizer=16.0)),
+        exact_heads=[(1, 2)],
+        stages=[Transfer(tokens=300), Finetune(tokens=100)],
+    )
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipe(name: str) -> None:
+    recipe = Recipe.from_yaml(name)
+    assert recipe.name == name
+    first = recipe_path(name).read_text().splitlines()[0]
+    assert first.startswith("# linearize --model ")
+    assert first.endswith(f"--recipe {name}")
+    assert Recipe.parse(yaml_io.parse(recipe.to_yaml(), name), name) == recipe
+    assert sum(stage.tokens for stage in recipe.with_quick().stages) == recipe.quick.tokens
+
+
+def test_packaged_names() -> None:
+    expected = {"liger", "lolcats", "paper/liger", "paper/lolcats"}
+    expected |= {"control/softmax-lora", "control/window-only", "control/memory-only"}
+    assert expected <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", ["liger", "lolcats"])
+def test_demo_recipes_stay_small(name: str) -> None:
+    recipe = Recipe.from_yaml(name)
+    assert recipe.mixer is not None
+    assert recipe.mixer.window is not None
+    assert recipe.mixer.window.size <= 64
+    assert recipe.mixer.window.sinks <= 4
+    assert recipe.exact_heads == []
+    assert recipe.layers == "all"
+
+
+def test_controls_train_as_liger_does() -> None:
+    liger = Recipe.from_yaml("liger")
+    for name in ("control/softmax-lora", "control/window-only", "control/memory-only"):
+        control = Recipe.from_yaml(name)
+        assert control.data == liger.data
+        assert control.quick == liger.quick
+        assert control.stages[-1].lora == liger.stages[-1].lora
+        assert control.stages[-1].optimizer == liger.stages[-1].optimizer
+        assert sum(s.tokens for s in control.stages) == sum(s.tokens for s in liger.stages)
+
+
+def test_paper_settings() -> None:
+    liger = Recipe.from_yaml("paper/liger")
+    assert [type(stage) for stage in liger.stages] == [Finetune]
+    assert liger.stages[0].optimizer.lr == 1e-3
+    assert (liger.stages[0].lora.r, liger.stages[0].lora.alpha) == (8, 8)
+    assert liger.stages[0].lora.targets == ["q_proj", "k_proj", "v_proj"]
+    lolcats = Recipe.from_yaml("paper/lolcats")
+    transfer, finetune = lolcats.stages
+    assert isinstance(transfer, Transfer)
+    assert (transfer.optimizer.lr, transfer.scale, transfer.loss) == (1e-2, 1000.0, "mse")
+    assert transfer.target == "before_o_proj"
+    assert finetune.optimizer.lr == 1e-4
+    assert lolcats.mixer is not None
+    assert lolcats.mixer.feature_map.model_extra == {"k_map_heads": "query"}
+
+
+def test_yaml_round_trip(recipe: Recipe, tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.from_yaml(path) == recipe
+
+
+def test_yaml_numbers_and_lists(tmp_path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: r\nexact_heads: [[18, 2], [23, 0]]\n"
+        "stages: [{stage: transfer, optimizer: {lr: 1e-3, betas: [0.9, 0.95]}, tokens: 1_000}]\n"
+    )
+    recipe = Recipe.from_yaml(path)
+    assert recipe.exact_heads == [(18, 2), (23, 0)]
+    assert recipe.stages[0].optimizer.lr == 0.001
+    assert recipe.stages[0].optimizer.betas == (0.9, 0.95)
+    assert recipe.stages[0].tokens == 1000
+
+
+def test_a_part_is_a_name_or_a_mapping() -> None:
+    recipe = Recipe.parse({"name": "r", "mixer": {"gate": "none", "feature_map": {"name": "hedgehog", "d": 4}}}, "r")
+    assert recipe.mixer is not None
+    assert recipe.mixer.gate == Part(name="none")
+    assert recipe.mixer.feature_map == Part(name="hedgehog", d=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: r\nname: s", ["line 2", "'name' occurs twice"]),
+        ("name: [r", ["line 1", "r.yaml"]),
+        ("name: r\nmixr: null", ["`mixr`", "Did you mean 'mixer'?"]),
+        ("name: r\nmixer: {window: {size: 64, sink: 4}}", ["`mixer.window.sink`", "'sinks'"]),
+        ("name: r\nstages: [{stage: transfr}]", ["`stages.0`", "'transfr'", "Did you mean 'transfer'?"]),
+        ("name: r\nstages: [{tokens: 4}]", ["`stages.0`", "needs a `stage` key"]),
+        (
+            "name: r\nstages: [{stage: transfer, optimizer: {lr: fast}}]",
+            ["`stages.0.optimizer.lr`", "number", "'fast'"],
+        ),
+        ("name: r\nstages: [{stage: transfer, loss: msee}]", ["`stages.0.loss`", "Did you mean 'mse'"]),
+        ("name: r\ndata: {length: '512'}", ["`data.length`", "integer", "'512' (str)"]),
+        ("name: r\ndata: {length: 512.0}", ["`data.length`", "integer", "512.0 (float)"]),
+        ("name: r\nmixer: {rotary: 1}", ["`mixer.rotary`", "boolean", "1 (int)"]),
+        ("name: r\nlayers: [0, one]", ["`layers.1`", "'one' (str)"]),
+        ("name: r\nlayers: some", ["`layers`", "'all' or a valid list"]),
+        ("name: r\nexact_heads: [[1, 2, 3]]", ["`exact_heads.0`", "2 items"]),
+        ("name: r\nexact_heads: [[1, 2], [1, 2]]", ["repeats a pair"]),
+        ("name: r\nexact_heads: [[1, -2]]", ["`exact_heads.0.1`", "greater than or equal to 0"]),
+        ("name: r\nlayers: [0]\nexact_heads: [[1, 0]]", ["layer 1 is not among `layers`"]),
+        ("name: r\nmixer: null\nstages: [{stage: transfer}]", ["`mixer` is null"]),
+        ("name: r\nstages: [{stage: finetune, batch: 8, micro_batch: 3}]", ["must divide"]),
+        ("name: r\nstages: [{stage: finetune, train: full, lora: {r: 4}}]", ["no adapters"]),
+        ("mixer: null", ["`name` is required"]),
+        ("[1, 2]", ["mapping"]),
+        ("", ["mapping"]),
+        ("name: !!python/name:os.system r", ["could not determine a constructor"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text: str, words: list[str]) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(LinearizeError) as caught:
+        Recipe.from_yaml(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    for word in words:
+        assert word in message
+
+
+def test_unknown_recipe_has_near_matches() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'lolcats'"):
+        Recipe.from_yaml("lolcat")
+    with pytest.raises(LinearizeError, match="no recipe file"):
+        Recipe.from_yaml("nowhere/lolcats.yaml")
+
+
+def test_binary_file_is_refused(tmp_path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(LinearizeError, match="UTF-8"):
+        Recipe.from_yaml(path)
+
+
+def test_overrides(recipe: Recipe) -> None:
+    changed = recipe.with_overrides(
+        ["stages.0.optimizer.lr=1e-4", "mixer.gate.normalizer=8", "mixer.window={size: 16}", "mixer.window.sinks=2"]
+    )
+    assert changed.mixer is not None
+    assert changed.stages[0].optimizer.lr == 1e-4
+    assert changed.mixer.gate == Part(name="key", normalizer=8)
+    assert changed.mixer.window == Window(size=16, sinks=2)
+    assert recipe.stages[0].optimizer.lr == 1e-3
+    short = recipe.with_overrides(["mixer.gate=none", "mixer.window=null", "exact_heads=[]"])
+    assert short.mixer == Mixer(window=None)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.0.optimizer.lrr=1", ["'lrr'", "Did you mean 'lr'"]),
+        ("dta.length=2", ["'dta'", "Did you mean 'data'"]),
+        ("stages.2.tokens=3", ["entry '2'", "a list of 2"]),
+        ("stages.first.tokens=3", ["entry 'first'"]),
+        ("name.x=1", ["`name`"]),
+        ("stages.0.tokens=1e6", ["`stages.0.tokens`", "integer"]),
+        ("data.length", ["key.path=value"]),
+        ("=3", ["key.path=value"]),
+        ("layers=[0", ["layers=[0"]),
+    ],
+)
+def test_wrong_overrides(recipe: Recipe, override: str, words: list[str]) -> None:
+    with pytest.raises(LinearizeError) as caught:
+        recipe.with_overrides([override])
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=5), st.integers(1000, 10**10))
+def test_token_budget_is_split_in_ratio(tokens: list[int], total: int) -> None:
+    recipe = Recipe(name="r", stages=[Transfer(tokens=n) for n in tokens])
+    shares = [total * n / sum(tokens) for n in tokens]
+    if min(shares) < 2:
+        return
+    scaled = [stage.tokens for stage in recipe.with_tokens(total).stages]
+    assert sum(scaled) == total
+    assert all(abs(got - share) <= 1 for got, share in zip(scaled, shares, strict=True))
+
+
+def test_token_budget_too_small(recipe: Recipe) -> None:
+    with pytest.raises(LinearizeError, match="more tokens"):
+        recipe.with_tokens(1)
+    with pytest.raises(LinearizeError, match="no stage"):
+        Recipe(name="r").with_tokens(100)
+
+
+def test_quick_uses_builtin_data(recipe: Recipe) -> None:
+    changed = recipe.with_overrides(["data.source=some/hub", "data.loss=response", "quick.length=64", "quick.batch=3"])
+    quick = changed.with_quick()
+    assert quick.data.source == "builtin"
+    assert quick.data.loss == "all"
+    assert quick.data.length == 64
+    assert [stage.batch for stage in quick.stages] == [3, 3]
+    assert [stage.tokens for stage in quick.stages] == [30_000, 10_000]
+
+
+def test_assignment_is_validated(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="length"):
+        recipe.data.length = 1
+    assert Recipe(name="a").data is not Recipe(name="b").data

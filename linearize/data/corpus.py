@@ -1,0 +1,199 @@
+"""The corpus of a run: rows to train on, rows to evaluate on, and a fingerprint of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from linearize.data.formatting import Document, Encoded, encode
+from linearize.data.packing import PackedRows, pack
+from linearize.data.sources import is_lazy, load_documents
+from linearize.errors import LinearizeError
+from linearize.recipe import Data
+
+ROWS_FILE = "rows.safetensors"
+ABOUT_FILE = "corpus.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains and evaluates on.
+
+    Args:
+        train: rows [N, T] without those beyond the token budget; fewer where the text is short, and then they repeat.
+        held_out: rows [M, T] from documents that are not in `train`.
+        fingerprint: sha256 (hex) over the rows and the settings that made them.
+        description: one line for people: documents, rows, tokens, epochs.
+        settings: what the fingerprint covers besides the rows.
+    """
+
+    train: PackedRows
+    held_out: PackedRows
+    fingerprint: str
+    description: str
+    settings: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the corpus into `folder` as safetensors and JSON."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{part}.{name}": tensor for part, name, tensor in named_tensors(self.train, self.held_out)}
+        save_file(tensors, folder / ROWS_FILE)
+        about = {key: value for key, value in vars(self).items() if key not in ("train", "held_out")}
+        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Corpus:
+        """Read what `save` wrote.
+
+        Raises:
+            LinearizeError: files are missing or damaged (the fingerprint is computed anew and compared).
+        """
+        try:
+            tensors = load_file(folder / ROWS_FILE)
+            about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+            train, held_out = (
+                PackedRows(*(tensors[f"{part}.{name}"] for name in ("input_ids", "position_ids", "labels")))
+                for part in ("train", "held_out")
+            )
+            intact = about["fingerprint"] == fingerprint(train, held_out, about["settings"])
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise damaged(folder, str(error)) from error
+        if not intact:
+            raise damaged(folder, "its fingerprint does not fit its rows")
+        return cls(train, held_out, **about)
+
+
+def damaged(folder: Path, why: str) -> LinearizeError:
+    """Return the error for a saved corpus that cannot be used."""
+    return LinearizeError(
+        f"The tokenized data in {folder} is incomplete or damaged: {why}. Remove that folder, or start the run again "
+        "with --fresh."
+    )
+
+
+def named_tensors(train: PackedRows, held_out: PackedRows) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yield (part, name, tensor) for the six tensors of a corpus."""
+    for part, rows in (("train", train), ("held_out", held_out)):
+        for name, tensor in rows.tensors().items():
+            yield part, name, tensor
+
+
+def fingerprint(train: PackedRows, held_out: PackedRows, settings: dict[str, Any]) -> str:
+    """Return the sha256 (hex) over all rows and the settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for part, name, tensor in named_tensors(train, held_out):
+        digest.update(f"{part}.{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def shuffled(documents: list[Document], seed: int) -> Iterator[Document]:
+    """Yield the documents in an order that depends on `seed` and their number alone."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return (documents[index] for index in order.tolist())
+
+
+def take(documents: Iterator[Encoded], rows: int, length: int, share: int | None = None) -> list[Encoded]:
+    """Take documents until they fill `rows` rows of `length` tokens, each counting for `share` tokens at most."""
+    taken: list[Encoded] = []
+    size = 0
+    for document in documents:
+        taken.append(document)
+        size += len(document.ids[:share])
+        if size >= rows * length and len(pack([cut(part, share) for part in taken], length)) >= rows:
+            break
+    return taken
+
+
+def cut(document: Encoded, size: int | None) -> Encoded:
+    """Return the first `size` tokens of a document."""
+    return Encoded(document.ids[:size], document.labels[:size])
+
+
+def take_held_out(documents: Iterator[Encoded], data: Data, most: int | None) -> tuple[PackedRows, int]:
+    """Take documents from the front of the stream until the held-out rows are full.
+
+    Up to eight documents share the rows where there are as many, so that one long book does not stand for a library.
+
+    Args:
+        documents: the stream; what is taken here is not there any more for training.
+        data: uses `length` and `held_out`.
+        most: how many documents may be taken, where their number is known.
+
+    Returns:
+        Rows [data.held_out, data.length] and the number of documents that they came from.
+
+    Raises:
+        LinearizeError: the documents do not fill the rows.
+    """
+    rows, length = data.held_out, data.length
+    sharing = 8 if most is None else max(1, min(8, most))
+    share = max(length, -(-rows * length // sharing))
+    taken = take(islice(documents, most), rows, length, share)
+    packed = pack([cut(document, share) for document in taken], length)
+    if len(packed) < rows:
+        packed = pack(taken, length)
+    if len(packed) < rows:
+        limit = "" if most is None else " (half of them all)"
+        raise LinearizeError(
+            f"Not enough text for {rows} held-out rows of {length} tokens (`data.held_out`, `data.length`): the "
+            f"{len(taken)} documents that may be held out{limit} fill {len(packed)}. Lower `data.held_out` or "
+            "`data.length`, or give more text (a document is never split between training and evaluation)."
+        )
+    return packed[:rows], len(taken)
+
+
+def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens: int, seed: int) -> Corpus:
+    """Read, split, tokenize and pack the data of a run.
+
+    Args:
+        data: the recipe's data settings.
+        tokenizer: the teacher's.
+        train_tokens: the budget of all stages together, in tokens of packed rows.
+        seed: order of the training documents; the held-out documents do not depend on it. Data that is read lazily
+            keeps its own order.
+
+    Returns:
+        The corpus. With less text than `train_tokens`, its rows are to be repeated; `description` says how often.
+
+    Raises:
+        LinearizeError: what `load_documents` and `encode` raise, or there is not enough text.
+    """
+    stream = load_documents(data)
+    rows = -(-train_tokens // data.length)
+    if is_lazy(data):
+        encoded = (encode(document, tokenizer, data.loss) for document in stream)
+        held_out, held_documents = take_held_out(encoded, data, most=None)
+    else:
+        known = list(shuffled(list(stream), seed=0))
+        first = (encode(document, tokenizer, data.loss) for document in known)
+        held_out, held_documents = take_held_out(first, data, most=len(known) // 2)
+        rest = shuffled(known[held_documents:], seed)
+        encoded = (encode(document, tokenizer, data.loss) for document in rest)
+    documents = take(encoded, rows, data.length)
+    train = pack(documents, data.length)[:rows]
+    if not len(train):
+        raise LinearizeError(
+            f"Not enough text to train on: the {len(documents)} documents that are not held out do not fill one row of "
+            f"{data.length} tokens (`data.length`). Lower `data.length` or `data.held_out`, or give more text."
+        )
+    settings = {**data.model_dump(include={"format", "loss", "length", "held_out", "split"}), "seed": seed}
+    source = data.source if isinstance(data.source, str) else ", ".join(data.source)
+    epochs = train_tokens / train.tokens
+    repeats = f", repeated for {epochs:.1f} epochs" if epochs > 1 else ""
+    description = (
+        f"{source}: {len(train)} training rows of {data.length} tokens ({train.tokens:,} from {len(documents):,} "
+        f"documents{repeats}); {len(held_out)} held-out rows ({held_out.tokens:,} from {held_documents:,} other "
+        "documents)"
+    )
+    return Corpus(train, held_out, fingerprint(train, held_out, settings), description, settings)

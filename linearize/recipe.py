@@ -57,6 +57,7 @@ class Mixer(Strict):
         overlap: the memory also covers the tokens inside the window; if false, window and memory are disjoint.
         output_norm: RMS norm per head on the memory's output.
         output_gate: multiply the mixer's output by a learned gate of the layer's input.
+        k_map_heads: one key feature map per KV head, or per query head (the letter of LoLCATs; the state grows with it).
     """
 
     feature_map: Part = Part(name="identity")
@@ -69,6 +70,7 @@ class Mixer(Strict):
     overlap: bool = True
     output_norm: bool = False
     output_gate: bool = False
+    k_map_heads: Literal["kv", "query"] = "kv"
 
 
 NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]

@@ -71,7 +71,7 @@ def test_paper_settings() -> None:
     assert transfer.target == "before_o_proj"
     assert finetune.optimizer.lr == 1e-4
     assert lolcats.mixer is not None
-    assert lolcats.mixer.feature_map.model_extra == {"k_map_heads": "query"}
+    assert lolcats.mixer.k_map_heads == "query"
 
 
 def test_yaml_round_trip(recipe: Recipe, tmp_path) -> None:

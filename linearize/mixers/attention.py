@@ -1,0 +1,106 @@
+"""The module that stands where the teacher's attention stood.
+
+Legend: B batch, T tokens, H query heads, G KV heads, D head dim, E exact KV heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.context import SequenceContext
+from linearize.mixers.exact import ExactAttention
+from linearize.mixers.mixer import TokenMixer
+from linearize.mixers.parts import HeadShape
+
+
+class LinearizedAttention(nn.Module):
+    """A layer's KV heads, partitioned: the first E keep exact softmax, the others share one token mixer.
+
+    The teacher's projections become children under their own names, so that checkpoints and LoRA targets keep theirs.
+
+    Args:
+        teacher: the attention module to replace.
+        family: how to read it.
+        config: the teacher's configuration.
+        layer: index of the layer.
+        spec: the recipe's `mixer`, as plain data.
+        exact: E.
+    """
+
+    def __init__(self, teacher: nn.Module, family: Any, config: Any, layer: int, spec: dict[str, Any], exact: int) -> None:
+        super().__init__()
+        for name, child in teacher.named_children():
+            self.add_module(name, child)
+        self.family = family
+        self.teacher_class = type(teacher)
+        self.layer_idx = layer
+        heads, groups, self.head_dim = family.heads(teacher, config)
+        self.repeat = heads // groups
+        self.exact_groups = exact
+        scaling, window = float(teacher.scaling), family.max_window(teacher, config)  # type: ignore[arg-type]
+        self.exact = ExactAttention(scaling, window) if exact else None
+        self.mixer: TokenMixer | None = None
+        if exact < groups:
+            rest = groups - exact
+            shape = HeadShape(
+                rest * self.repeat, rest, self.head_dim, config.hidden_size, layer, config.num_hidden_layers
+            )
+            self.mixer = TokenMixer(shape, spec, scaling, window)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        sequence_context: SequenceContext | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Mix tokens, with the signature of the teacher's attention.
+
+        Args:
+            hidden_states: [B, T, hidden].
+            position_embeddings: cos and sin from the teacher's rotary module.
+            attention_mask: not read; padding and documents come in `sequence_context`.
+            past_key_values: a `LinearizedCache`, or None.
+            sequence_context: padding and documents; none of either by default.
+
+        Returns:
+            [B, T, hidden], and None in the place of attention weights.
+        """
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        heads = self.heads(hidden_states, position_embeddings, sequence_context or SequenceContext(), layer)
+        return self.family.output(self, heads), None
+
+    def heads(
+        self,
+        x: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        context: SequenceContext,
+        layer: Any = None,
+    ) -> Tensor:
+        """Return the heads' outputs before the output projection, [B, T, H, D]."""
+        q, k, v = self.family.project(self, x, self.head_dim)
+        q_rotated, k_rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
+        cache = None if layer is None else layer.tensors
+        exact, e, eh = None, self.exact_groups, self.exact_groups * self.repeat
+        if self.exact is not None:
+            places = None if layer is None else layer.max_length
+            exact = self.exact(q_rotated[:, :, :eh], k_rotated[:, :, :e], v[:, :, :e], context, cache, places)
+        if layer is not None:
+            layer.advance(x.shape[1])
+        if self.mixer is None:
+            assert exact is not None
+            return exact
+        mixed = self.mixer(
+            x,
+            (q[:, :, eh:], k[:, :, e:]),
+            (q_rotated[:, :, eh:], k_rotated[:, :, e:]),
+            v[:, :, e:],
+            context,
+            cache,
+        )
+        return mixed if exact is None else torch.cat([exact, mixed], 2)

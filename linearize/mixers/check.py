@@ -1,0 +1,75 @@
+"""Check a recipe's mixer against the registered parts before anything is built."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from linearize.errors import LinearizeError, UnknownNameError
+from linearize.registry import Registry, combines, feature_maps, gates, memories
+
+PARTS: dict[str, Registry[type]] = {
+    "feature_map": feature_maps,
+    "gate": gates,
+    "memory": memories,
+    "combine": combines,
+}
+
+
+def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
+    """Check names, options and their types, and that the parts fit together.
+
+    Args:
+        mixer: the recipe's `mixer` as plain data.
+        where: key to name in errors.
+
+    Raises:
+        LinearizeError: a part does not exist, an option is unknown or of the wrong type, or parts do not fit.
+    """
+    found = {kind: _check_part(registry, mixer[kind], f"{where}.{kind}") for kind, registry in PARTS.items()}
+    combine, window = found["combine"], mixer["window"]
+    if combine.uses_window and window is None:
+        raise LinearizeError(f"`{where}.combine: {mixer['combine']['name']}` needs a window, but `{where}.window` is null.")
+    if not combine.uses_window and window is not None:
+        raise LinearizeError(
+            f"`{where}.combine: {mixer['combine']['name']}` does not use a window; set `{where}.window: null`."
+        )
+    normalizes = mixer["normalize"] or combine.shares_denominator
+    if normalizes and combine.uses_memory and not found["feature_map"].positive:
+        raise LinearizeError(
+            f"`{where}.normalize` (or a shared denominator) needs features of at least 0, which "
+            f"`{where}.feature_map: {mixer['feature_map']['name']}` does not give; use softmax or hedgehog."
+        )
+    if not mixer["overlap"] and (not combine.uses_window or not combine.uses_memory):
+        raise LinearizeError(f"`{where}.overlap: false` needs both a window and a memory.")
+    if mixer["output_norm"] and not combine.uses_memory:
+        raise LinearizeError(f"`{where}.output_norm` normalizes the memory's output, and this mixer has no memory.")
+
+
+def _check_part(registry: Registry[type], part: dict[str, Any], where: str) -> Any:
+    name = part["name"]
+    if name not in registry:
+        raise UnknownNameError(registry.kind, name, registry.names(), where)
+    found = registry.get(name)
+    known = {p.name: p for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    hints = typing.get_type_hints(found.__init__)
+    for key, value in part.items():
+        if key == "name":
+            continue
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise LinearizeError(
+                f"Unknown option `{key}` of the {registry.kind} {name!r} at `{where}`.{hint} "
+                f"Options: {', '.join(known) or 'none'}."
+            )
+        try:
+            TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise LinearizeError(f"`{where}.{key}` must be {expected}, got {value!r}.") from error
+    return found

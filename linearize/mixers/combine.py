@@ -1,0 +1,127 @@
+"""Combines: how the window's and the memory's outputs become one.
+
+Legend: H query heads, V value dim. Every combine is a module
+`combine(window: WindowOutput | None, memory [..., H, V] | None, normalizer [..., H] | None) -> [..., H, V]`; the class
+says with `uses_window`, `uses_memory` and `shares_denominator` what it needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from linearize.kernels.window import WindowOutput
+from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
+from linearize.registry import combines
+
+
+class Combine(Fp32Part):
+    """Base of all combines."""
+
+    uses_window = True
+    uses_memory = True
+    shares_denominator = False
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not say how it combines: define forward().")
+
+
+@combines.register("window_only")
+class WindowOnly(Combine):
+    """The window alone: the control that published gains are measured against."""
+
+    uses_memory = False
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        assert window is not None
+        return window.o
+
+
+@combines.register("memory_only")
+class MemoryOnly(Combine):
+    """The memory alone."""
+
+    uses_window = False
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        assert memory is not None
+        return memory
+
+
+@combines.register("average")
+class Average(Combine):
+    """A fixed mix, `(1 - memory) * window + memory * memory's output` (Liger: 0.5).
+
+    Args:
+        memory: the memory's share.
+    """
+
+    def __init__(self, shape: HeadShape, *, memory: float = 0.5) -> None:
+        super().__init__()
+        self.share = memory
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        assert window is not None and memory is not None
+        return window.o * (1 - self.share) + memory.to(window.o.dtype) * self.share
+
+
+@combines.register("learned")
+class Learned(Combine):
+    """A learned mix per query head, `a * window + b * memory`, in fp32.
+
+    Args:
+        window: starting value of a.
+        memory: starting value of b; small, so that the first forward is close to the window's.
+    """
+
+    def __init__(self, shape: HeadShape, *, window: float = 1.0, memory: float = 0.1) -> None:
+        super().__init__()
+        self.window = fp32_parameter(shape.heads, value=window)
+        self.memory = fp32_parameter(shape.heads, value=memory)
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        assert window is not None and memory is not None
+        mixed = self.window[:, None] * window.o.float() + self.memory[:, None] * memory.float()
+        return mixed.to(window.o.dtype)
+
+
+@combines.register("shared_softmax")
+class SharedSoftmax(Combine):
+    """One numerator and one denominator over window and memory (LoLCATs, arXiv:2410.10254, eq. 7).
+
+    The window's weights are `factor * exp(score - largest score)`, the memory's `memory * phi(q) . phi(k)`.
+
+    Args:
+        factor: starting value of the window factor, learned through a sigmoid per query head (LoLCATs: 0.1).
+        memory: starting value of the memory's factor, learned through its logarithm; None fixes it at 1, as published.
+    """
+
+    shares_denominator = True
+
+    def __init__(self, shape: HeadShape, *, factor: float = 0.1, memory: float | None = None) -> None:
+        super().__init__()
+        if not 0 < factor < 1:
+            raise ValueError(f"shared_softmax: factor must lie between 0 and 1, got {factor}.")
+        self.factor = fp32_parameter(shape.heads, value=math.log(factor / (1 - factor)))
+        self.log_memory = None if memory is None else fp32_parameter(shape.heads, value=math.log(memory))
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        assert window is not None and memory is not None and normalizer is not None
+        empty = window.row_max == -torch.inf
+        mass = (window.lse - window.row_max).masked_fill(empty, -torch.inf).exp() * self.factor.sigmoid()
+        scale = 1.0 if self.log_memory is None else self.log_memory.exp()
+        numerator = mass[..., None] * window.o.float() + (memory.float() * self._column(scale))
+        denominator = mass + normalizer * scale
+        return (numerator / denominator.clamp(min=1e-12)[..., None]).to(window.o.dtype)
+
+    @staticmethod
+    def _column(scale: Tensor | float) -> Tensor | float:
+        return scale if isinstance(scale, float) else scale[:, None]

@@ -1,0 +1,100 @@
+"""Where padding lies and where documents begin: computed once a forward pass, used by every mixer.
+
+Legend: B batch, T tokens. Mixers work on rows whose padding has been moved to the right, in order, so that left, right
+and inner padding all give the same numbers as none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """The layout of one call.
+
+    Attributes:
+        order: [B, T], token at each place after padding moved to the right; None where there is no padding.
+        lengths: [B], real tokens of each row; None where there is no padding.
+        starts: [B, T] in the moved order: first token of each token's document, -1 if it began before this call; None
+            where every row is one document.
+    """
+
+    order: Tensor | None = None
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Move the padding of x [B, T, ...] to the right."""
+        if self.order is None:
+            return x
+        return x.gather(1, self.order.view(*self.order.shape, *(1,) * (x.dim() - 2)).expand_as(x))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Undo `pack`; padding gets zeros."""
+        if self.order is None:
+            return x
+        index = self.order.view(*self.order.shape, *(1,) * (x.dim() - 2)).expand_as(x)
+        return torch.zeros_like(x).scatter(1, index, x * self.real(x))
+
+    def real(self, x: Tensor) -> Tensor:
+        """Return 1 for tokens and 0 for padding, in x's dtype, shaped to multiply packed x [B, T, ...]."""
+        assert self.lengths is not None
+        places = torch.arange(x.shape[1], device=x.device)
+        return (places < self.lengths[:, None]).view(*x.shape[:2], *(1,) * (x.dim() - 2)).to(x.dtype)
+
+
+def sequence_context(
+    batch: int,
+    length: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> SequenceContext:
+    """Read padding and documents from what transformers passes to a model.
+
+    Args:
+        batch: B.
+        length: T, tokens of this call.
+        attention_mask: [B, past + T], 0 on padding; None where there is none.
+        position_ids: [1 or B, T]; a document begins where they do not go on by one between two tokens.
+        cu_seqlens: cumulative document lengths [N + 1] over the flattened tokens, as `cu_seq_lens_q`.
+
+    Raises:
+        ValueError: the mask is not two-dimensional: mixers cannot serve arbitrary masks.
+    """
+    order, lengths = None, None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; a linearized model takes a mask [batch, tokens] "
+                "that marks padding."
+            )
+        real = attention_mask[:, -length:].bool()
+        if length > 1 and (torch.compiler.is_compiling() or not bool(real.all())):
+            order = torch.argsort(~real, dim=1, stable=True)
+            lengths = real.sum(1)
+    context = SequenceContext(order, lengths)
+    starts = None
+    if cu_seqlens is not None:
+        first = torch.zeros(batch * length, dtype=torch.bool, device=cu_seqlens.device)
+        first = first.index_fill(0, cu_seqlens[:-1].long().clamp(max=batch * length - 1), True).view(batch, length)
+        starts = _document_starts(context.pack(first))
+    elif position_ids is not None and length > 1:
+        positions = context.pack(position_ids.expand(batch, length))
+        first = torch.zeros_like(positions, dtype=torch.bool)
+        first[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        if lengths is not None:
+            first &= torch.arange(length, device=first.device) < lengths[:, None]
+        if torch.compiler.is_compiling() or bool(first.any()):
+            starts = _document_starts(first)
+    return SequenceContext(order, lengths, starts)
+
+
+def _document_starts(first: Tensor) -> Tensor:
+    """[B, T] marks of first tokens -> index of the latest mark, -1 before any."""
+    places = torch.arange(first.shape[1], device=first.device)
+    return torch.where(first, places, -1).cummax(1).values

@@ -1,0 +1,77 @@
+"""Feature maps: queries and keys -> the features that a linear memory multiplies.
+
+Legend: B batch, T tokens, J heads (query or KV), D head dim, F features. Every map is a module
+`map(x [..., J, D]) -> [..., J, F]`, built once for the queries and once for the keys. Its `feature_dim` is F, and
+`positive` says whether all features are at least 0, which a normalizer needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearize.registry import feature_maps
+
+
+@feature_maps.register("identity")
+class IdentityMap(nn.Module):
+    """The heads as they are."""
+
+    positive = False
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@feature_maps.register("softmax")
+class SoftmaxMap(nn.Module):
+    """Softmax over the head dimension (Liger, arXiv:2503.01496)."""
+
+    positive = True
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().softmax(-1).to(x.dtype)
+
+
+@feature_maps.register("l2norm")
+class L2NormMap(nn.Module):
+    """Each head divided by its Euclidean norm (DeltaNet, arXiv:2406.06484)."""
+
+    positive = False
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
+
+
+@feature_maps.register("hedgehog")
+class HedgehogMap(nn.Module):
+    """`[softmax(x W), softmax(-x W)]` with one W per head, started at the identity (Hedgehog, arXiv:2402.04347).
+
+    Args:
+        dim: columns of W; F is twice that.
+    """
+
+    positive = True
+
+    def __init__(self, heads: int, head_dim: int, *, dim: int = 64) -> None:
+        super().__init__()
+        self.feature_dim = 2 * dim
+        self.weight = nn.Parameter(torch.eye(head_dim, dim).repeat(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = torch.einsum("...jd,jdf->...jf", x, self.weight.to(x.dtype)).float()
+        features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
+        return features.clamp(min=1e-12).to(x.dtype)

@@ -1,0 +1,84 @@
+"""Gates: how much of the memory each token keeps, as a log-decay in (-inf, 0].
+
+Legend: B batch, T tokens, G KV heads, D head dim. Every gate is a module
+`gate(x [..., hidden], k [..., G, D]) -> None | [..., G] | [..., G, D]` in fp32, where x is the layer's input and k the
+teacher's keys before the rotary embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
+from linearize.registry import gates
+
+
+@gates.register("none")
+class NoGate(Fp32Part):
+    """Nothing is forgotten (linear attention, arXiv:2006.16236)."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        return None
+
+
+@gates.register("fixed")
+class FixedGate(Fp32Part):
+    """One constant decay per KV head, `1 - 2^-(5 + i)` (RetNet, arXiv:2307.08621).
+
+    Args:
+        first: exponent of head 0: it keeps `1 - 2^-first` a token.
+        last: exponent of the last head; the others lie evenly between. RetNet's steps of 1 by default.
+    """
+
+    def __init__(self, shape: HeadShape, *, first: float = 5.0, last: float | None = None) -> None:
+        super().__init__()
+        end = first + shape.groups - 1 if last is None else last
+        exponents = torch.linspace(first, end, shape.groups, dtype=torch.float64)
+        self.register_buffer("log_decay", torch.log1p(-torch.exp2(-exponents)).float())
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        log_decay: Tensor = self.log_decay
+        return log_decay.expand(k.shape[:-1])
+
+
+@gates.register("key")
+class KeyGate(Fp32Part):
+    """The key projection is the gate: `logsigmoid(k + bias) / normalizer` per key channel (Liger, arXiv:2503.01496).
+
+    Args:
+        normalizer: divides the log-decay (the published code: 16).
+        bias: starting value of a learned bias per channel; none by default, as published.
+    """
+
+    def __init__(self, shape: HeadShape, *, normalizer: float = 16.0, bias: float | None = None) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.bias = None if bias is None else fp32_parameter(shape.groups, shape.head_dim, value=bias)
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        logits = k.float() if self.bias is None else k.float() + self.bias
+        return F.logsigmoid(logits) / self.normalizer
+
+
+@gates.register("scalar")
+class ScalarGate(Fp32Part):
+    """A learned scalar per KV head and token, `logsigmoid(x W + b) / normalizer` (Lizard, arXiv:2507.09025).
+
+    Args:
+        normalizer: divides the log-decay.
+        bias: starting value of b. W starts at zero, so 6.0 keeps 0.9975 a token at first.
+    """
+
+    def __init__(self, shape: HeadShape, *, normalizer: float = 1.0, bias: float = 6.0) -> None:
+        super().__init__()
+        self.normalizer = normalizer
+        self.weight = fp32_parameter(shape.groups, shape.hidden)
+        self.bias = fp32_parameter(shape.groups, value=bias)
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        return F.logsigmoid(F.linear(x.float(), self.weight, self.bias)) / self.normalizer

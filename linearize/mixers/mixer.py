@@ -1,0 +1,319 @@
+"""The token mixer: feature map, gate, memory, window and combine put together for a range of KV heads.
+
+Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window, S sinks.
+
+The layer's cache holds, per row, the tokens of the current document only: a ring of the last W keys and values (token t
+in slot t % W), the first S of them, the memory's state and, where window and memory are disjoint, the ring of streams
+that have not entered the memory yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.kernels.window import WindowOutput, window_attention, window_step
+from linearize.mixers.context import SequenceContext
+from linearize.mixers.parts import HeadShape
+from linearize.registry import combines, feature_maps, gates, memories
+
+Tensors = dict[str, Tensor]
+
+
+def _build(registry: Any, part: dict[str, Any], *args: Any) -> Any:
+    options = {key: value for key, value in part.items() if key != "name"}
+    return registry.get(part["name"])(*args, **options)
+
+
+class TokenMixer(nn.Module):
+    """Replaces softmax attention on G KV heads and their query heads.
+
+    Args:
+        shape: the heads.
+        spec: the recipe's `mixer`, as plain data.
+        scaling: the teacher's factor on attention scores.
+        max_window: the teacher's own sliding window; the mixer's never reaches further.
+    """
+
+    def __init__(self, shape: HeadShape, spec: dict[str, Any], scaling: float, max_window: int | None = None) -> None:
+        super().__init__()
+        self.scaling = scaling
+        self.rotary = bool(spec["rotary"])
+        self.overlap = bool(spec["overlap"])
+        self.combine = _build(combines, spec["combine"], shape)
+        window = spec["window"] if self.combine.uses_window else None
+        self.window = 0 if window is None else min(window["size"], max_window or window["size"])
+        self.sinks = 0 if window is None else window["sinks"]
+        self.groups = shape.groups
+        self.q_map = self.k_map = self.gate = self.memory = self.norm = None
+        if self.combine.uses_memory:
+            per_query = spec.get("k_map_heads", "kv") == "query"
+            self.repeat = shape.heads // shape.groups if per_query else 1
+            inner = HeadShape(shape.heads, shape.groups * self.repeat, *_rest(shape))
+            self.q_map = _build(feature_maps, spec["feature_map"], shape.heads, shape.head_dim)
+            self.k_map = _build(feature_maps, spec["feature_map"], inner.groups, shape.head_dim)
+            self.gate = _build(gates, spec["gate"], inner)
+            normalize = bool(spec["normalize"]) or self.combine.shares_denominator
+            self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
+            self.norm = nn.RMSNorm(shape.head_dim, eps=1e-6) if spec["output_norm"] else None
+        self.output_gate = None
+        if spec["output_gate"]:
+            self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
+            nn.init.zeros_(self.output_gate.weight)
+            nn.init.constant_(self.output_gate.bias, 4.0)
+
+    @property
+    def delay(self) -> int:
+        """Tokens between a token's arrival and its entry into the memory."""
+        return 0 if self.overlap or self.memory is None else self.window
+
+    def forward(
+        self,
+        x: Tensor,
+        plain: tuple[Tensor, Tensor],
+        rotated: tuple[Tensor, Tensor],
+        v: Tensor,
+        context: SequenceContext,
+        cache: Tensors | None = None,
+    ) -> Tensor:
+        """Mix the tokens of one call.
+
+        Args:
+            x: the layer's input [B, T, hidden].
+            plain: queries [B, T, H, D] and keys [B, T, G, D] before the rotary embedding.
+            rotated: the same after it.
+            v: values [B, T, G, D].
+            context: padding and documents of this call.
+            cache: this layer's cached tensors, read and then brought up to date in place; an empty dict on the first call.
+
+        Returns:
+            [B, T, H, D], 0 on padding.
+        """
+        if cache and x.shape[1] == 1:
+            out = self._step(x[:, 0], *(t[:, 0] for t in (*plain, *rotated, v)), cache)[:, None]
+        else:
+            out = self._sequence(x, plain, rotated, v, context, cache)
+        if self.output_gate is None:
+            return out
+        return out * self.output_gate(x).sigmoid().view_as(out)
+
+    def _stream(self, x: Tensor, k_plain: Tensor, k_rotated: Tensor, v: Tensor) -> Tensors:
+        """What enters the memory, per token."""
+        assert self.k_map is not None and self.gate is not None and self.memory is not None
+        k = k_rotated if self.rotary else k_plain
+        if self.repeat > 1:
+            k, v, k_plain = (t.repeat_interleave(self.repeat, -2) for t in (k, v, k_plain))
+        stream = {"k": self.k_map(k), "v": v, **self.memory.prepare(x)}
+        log_decay = self.gate(x, k_plain)
+        if log_decay is not None:
+            stream["g"] = log_decay
+        return stream
+
+    def _finish(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        if memory is not None:
+            if normalizer is not None and not self.combine.shares_denominator:
+                memory = memory / normalizer.clamp(min=1e-6)[..., None].to(memory.dtype)
+            if self.norm is not None:
+                memory = self.norm(memory)
+        mixed: Tensor = self.combine(window, memory, normalizer)
+        return mixed
+
+    def _sequence(
+        self,
+        x: Tensor,
+        plain: tuple[Tensor, Tensor],
+        rotated: tuple[Tensor, Tensor],
+        v: Tensor,
+        context: SequenceContext,
+        cache: Tensors | None,
+    ) -> Tensor:
+        batch, length = x.shape[:2]
+        q, k = (context.pack(t) for t in rotated)
+        v_packed = context.pack(v)
+        seen = cache.get("length") if cache else None
+        window, memory, normalizer, after = None, None, None, None
+        if self.window:
+            window = self._window(q, k, v_packed, context.starts, cache if seen is not None else None)
+        stream: Tensors = {}
+        if self.memory is not None:
+            q_memory = self.q_map(q if self.rotary else context.pack(plain[0]))
+            stream = {n: context.pack(t) for n, t in self._stream(x, plain[1], rotated[1], v).items()}
+            if context.lengths is not None:
+                stream = {n: t * context.real(t) for n, t in stream.items()}
+            entering, starts = stream, context.starts
+            if self.delay:
+                entering, starts = self._delayed(stream, context, cache if seen is not None else None)
+            state = None
+            if seen is not None:
+                state = {n: cache[n] for n in self.memory.state_names}
+            memory, normalizer, after = self.memory(q_memory, entering, starts, state)
+        out = self._finish(window, memory, normalizer)
+        if cache is not None:
+            self._remember(cache, k, v_packed, stream, after, context)
+        return context.unpack(out)
+
+    def _window(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cache: Tensors | None) -> WindowOutput:
+        if cache is None:
+            return window_attention(q, k, v, window=self.window, sinks=self.sinks, scale=self.scaling, starts=starts)
+        past = self._past(cache, "window_k", "sink_k"), self._past(cache, "window_v", "sink_v")
+        span = self.window + self.sinks
+        missing = (span - cache["length"]).clamp(min=0)[:, None]
+        if starts is None:
+            starts = torch.full(q.shape[:2], -1, device=q.device)
+        starts = torch.where(starts < 0, missing, starts + span)
+        out = window_attention(
+            torch.cat([q.new_zeros(q.shape[0], span, *q.shape[2:]), q], 1),
+            torch.cat([past[0], k], 1),
+            torch.cat([past[1], v], 1),
+            window=self.window,
+            sinks=self.sinks,
+            scale=self.scaling,
+            starts=torch.cat([missing.expand(-1, span), starts], 1),
+        )
+        return WindowOutput(*(t[:, span:] for t in out))
+
+    def _past(self, cache: Tensors, ring: str, sink: str) -> Tensor:
+        """The cached sinks and window in order of time, [B, S + W, G, D]; rows with fewer tokens begin with rubbish."""
+        length = cache["length"]
+        place = torch.arange(self.sinks + self.window, device=length.device)
+        token = place - (self.sinks + self.window - length[:, None]).clamp(min=0)
+        latest = length[:, None] - self.window + (place - self.sinks)
+        rows = torch.arange(length.shape[0], device=length.device)[:, None]
+        past = cache[ring][rows, (latest % self.window)[:, self.sinks :]]
+        if self.sinks:
+            early = cache[sink][rows, token[:, : self.sinks].clamp(min=0)]
+            past = torch.cat([early, past], 1)
+        return past
+
+    def _delayed(self, stream: Tensors, context: SequenceContext, cache: Tensors | None) -> tuple[Tensors, Tensor | None]:
+        """The stream W tokens late, without the sinks, which never leave the window."""
+        length = stream["k"].shape[1]
+        if self.sinks:
+            index = self._document_index(stream["k"], context.starts, cache)
+            outside = index >= self.sinks
+            stream = {n: t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype) for n, t in stream.items()}
+        entering = {}
+        for name, now in stream.items():
+            if cache is None:
+                pending = now.new_zeros(now.shape[0], self.window, *now.shape[2:])
+            else:
+                slots = (cache["length"][:, None] + torch.arange(self.window, device=now.device)) % self.window
+                pending = cache[f"pending_{name}"][torch.arange(now.shape[0], device=now.device)[:, None], slots]
+            entering[name] = torch.cat([pending.to(now.dtype), now], 1)[:, :length]
+        if context.lengths is not None:
+            entering = {n: t * context.real(t) for n, t in entering.items()}
+        starts = context.starts
+        return entering, None if starts is None else torch.where(starts < 0, starts, starts + self.window)
+
+    @staticmethod
+    def _document_index(like: Tensor, starts: Tensor | None, cache: Tensors | None) -> Tensor:
+        """[B, T]: how many tokens of its document stand before each token."""
+        index = torch.arange(like.shape[1], device=like.device).expand(like.shape[:2])
+        seen = 0 if cache is None else cache["length"][:, None]
+        if starts is None:
+            return index + seen
+        return torch.where(starts < 0, index + seen, index - starts)
+
+    def _remember(
+        self, cache: Tensors, k: Tensor, v: Tensor, stream: Tensors, after: Tensors | None, context: SequenceContext
+    ) -> None:
+        """Bring the cache up to date with this call's packed tokens."""
+        batch, length = k.shape[:2]
+        if "length" not in cache:
+            cache.update(self._empty_cache(k, v, stream))
+        lengths = torch.full((batch,), length, device=k.device) if context.lengths is None else context.lengths
+        # Token i of the call is token `before + i` of the row's current document (earlier documents count below 0).
+        before = cache["length"].clone()
+        if context.starts is not None:
+            last = context.starts.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+            before = torch.where((last < 0) | (lengths == 0), before, -last)
+        total = before + lengths
+        if self.window:
+            names = {"window_k": k, "window_v": v}
+            if self.delay:
+                outside = before[:, None] + torch.arange(length, device=k.device) >= self.sinks
+                for name, t in stream.items():
+                    names[f"pending_{name}"] = t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype)
+            slot = torch.arange(self.window, device=k.device)
+            # The latest token of the document that belongs into each slot, and where it stands in this call.
+            token = total[:, None] - 1 - (total[:, None] - 1 - slot) % self.window
+            self._write(cache, names, token - before[:, None], (token >= 0) & (token >= before[:, None]), length)
+            for name in names:
+                if name.startswith("pending"):  # nothing of an earlier document may enter the memory later
+                    cache[name].mul_((token >= 0).view(*token.shape, *(1,) * (cache[name].dim() - 2)))
+        if self.sinks:
+            token = torch.arange(self.sinks, device=k.device).expand(batch, -1)
+            fits = (token >= before[:, None]) & (token < total[:, None])
+            self._write(cache, {"sink_k": k, "sink_v": v}, token - before[:, None], fits, length)
+        for name, state in (after or {}).items():
+            cache[name].copy_(state)
+        cache["length"].copy_(total)
+
+    @staticmethod
+    def _write(cache: Tensors, names: Tensors, index: Tensor, fits: Tensor, length: int) -> None:
+        """cache[name][b, slot] = tensor[b, index[b, slot]] wherever `fits`."""
+        index = index.clamp(0, length - 1)
+        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        for name, tensor in names.items():
+            chosen = fits.view(*fits.shape, *(1,) * (tensor.dim() - 2))
+            cache[name].copy_(torch.where(chosen, tensor[rows, index].to(cache[name].dtype), cache[name]))
+
+    def _empty_cache(self, k: Tensor, v: Tensor, stream: Tensors) -> Tensors:
+        batch = k.shape[0]
+        cache = {"length": torch.zeros(batch, dtype=torch.long, device=k.device)}
+        if self.window:
+            cache["window_k"] = k.new_zeros(batch, self.window, *k.shape[2:])
+            cache["window_v"] = v.new_zeros(batch, self.window, *v.shape[2:])
+        if self.sinks:
+            cache["sink_k"] = k.new_zeros(batch, self.sinks, *k.shape[2:])
+            cache["sink_v"] = v.new_zeros(batch, self.sinks, *v.shape[2:])
+        if self.delay:
+            for name, t in stream.items():
+                cache[f"pending_{name}"] = t.new_zeros(batch, self.window, *t.shape[2:])
+        if self.memory is not None:
+            cache.update(self.memory.initial_state(batch, k.device))
+        return cache
+
+    def _step(
+        self, x: Tensor, q_plain: Tensor, k_plain: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Tensors
+    ) -> Tensor:
+        """One token [B, ...], every cached tensor updated in place."""
+        length = cache["length"]
+        rows = torch.arange(length.shape[0], device=length.device)
+        window, memory, normalizer = None, None, None
+        stream: Tensors = {}
+        if self.memory is not None:
+            stream = self._stream(x, k_plain, k, v)
+            entering = stream
+            if self.delay:
+                entering = {n: cache[f"pending_{n}"][rows, length % self.window] for n in stream}
+                for name, t in stream.items():
+                    outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
+                    cache[f"pending_{name}"].index_put_((rows, length % self.window), t * outside)
+            q_memory = self.q_map(q if self.rotary else q_plain)
+            memory, normalizer = self.memory.step(q_memory, entering, cache)
+        if self.window:
+            slot = (rows, length % self.window)
+            cache["window_k"].index_put_(slot, k)
+            cache["window_v"].index_put_(slot, v)
+            if self.sinks:
+                early = (torch.arange(self.sinks, device=k.device) == length[:, None])[..., None, None]
+                cache["sink_k"].copy_(torch.where(early, k[:, None], cache["sink_k"]))
+                cache["sink_v"].copy_(torch.where(early, v[:, None], cache["sink_v"]))
+            window = window_step(
+                q,
+                cache["window_k"],
+                cache["window_v"],
+                cache.get("sink_k"),
+                cache.get("sink_v"),
+                length,
+                scale=self.scaling,
+            )
+        length.add_(1)
+        return self._finish(window, memory, normalizer)
+
+
+def _rest(shape: HeadShape) -> tuple[int, int, int, int]:
+    return shape.head_dim, shape.hidden, shape.layer, shape.layers

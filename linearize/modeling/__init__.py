@@ -1,0 +1,8 @@
+"""Importing this registers linearized models with transformers' Auto classes."""
+
+import linearize.mixers  # noqa: F401  (fills the registries of mixer parts)
+from linearize.modeling.classes import Classes, classes_for, register_all
+
+register_all()
+
+__all__ = ["Classes", "classes_for", "register_all"]

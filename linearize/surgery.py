@@ -1,0 +1,104 @@
+"""Swap a pretrained model's softmax attention for mixers, in place, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import linearize.modeling  # noqa: F401  (registers the classes that a converted model becomes)
+from linearize.errors import LinearizeError
+from linearize.families import family_of
+from linearize.mixers.check import check_mixer
+from linearize.modeling.classes import classes_for, replace_attention
+
+
+@dataclass
+class Surgery:
+    """A converted model and what it takes to undo it.
+
+    Attributes:
+        model: the converted model; the same object that was given.
+        teachers: the replaced attention modules, by layer; their weights are the converted model's own.
+    """
+
+    model: Any
+    teachers: dict[int, nn.Module]
+    _classes: tuple[type, type, type]
+    _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    def undo(self) -> Any:
+        """Put the teacher's attention back and return the model, bit-equal to what it was."""
+        model, decoder = self.model, self.model.get_decoder()
+        settings = model.config.linearize
+        family = family_of(settings["model_type"])
+        for index, teacher in self.teachers.items():
+            if index in self._orders:
+                order = self._orders[index]
+                heads, _, head_dim = family.heads(teacher, model.config)
+                back = sorted(range(len(order)), key=order.__getitem__)
+                family.permute(teacher, back, heads, head_dim)
+            decoder.layers[index].self_attn = teacher
+        model.__class__, decoder.__class__, model.config.__class__ = self._classes
+        del model.config.linearize
+        return model
+
+
+def convert(
+    model: Any,
+    mixer: dict[str, Any],
+    layers: list[int] | None = None,
+    exact_heads: list[tuple[int, int]] | None = None,
+) -> Surgery:
+    """Replace attention on `layers` of a causal language model, in place.
+
+    KV heads are reordered inside a layer so that its exact heads come first.
+
+    Args:
+        model: a teacher of a known family with its weights loaded.
+        mixer: the recipe's `mixer` as plain data.
+        layers: which layers; all by default.
+        exact_heads: (layer, KV head) pairs that keep full softmax attention.
+
+    Returns:
+        The surgery; `.model` is the converted model, `.undo()` reverts it.
+
+    Raises:
+        LinearizeError: the model is of no known family or converted already, or heads do not exist.
+    """
+    config = model.config
+    if getattr(config, "linearize", None):
+        raise LinearizeError("This model is linearized already; convert its teacher instead.")
+    check_mixer(mixer)
+    family = family_of(config.model_type)
+    decoder = model.get_decoder()
+    chosen = list(range(config.num_hidden_layers)) if layers is None else sorted(layers)
+    exact: dict[int, list[int]] = {}
+    for layer, head in exact_heads or []:
+        if layer not in chosen:
+            raise LinearizeError(f"exact_heads names layer {layer}, which is not converted (converted: {chosen}).")
+        if not 0 <= head < config.num_key_value_heads:
+            raise LinearizeError(
+                f"exact_heads names KV head {head} of layer {layer}; a layer has {config.num_key_value_heads}."
+            )
+        exact.setdefault(layer, []).append(head)
+    before = (type(model), type(decoder), type(config))
+    orders = {}
+    for layer, kept in exact.items():
+        attention = decoder.layers[layer].self_attn
+        heads, groups, head_dim = family.heads(attention, config)
+        orders[layer] = sorted(set(kept)) + [g for g in range(groups) if g not in kept]
+        family.permute(attention, orders[layer], heads, head_dim)
+    model_type = config.model_type
+    made = classes_for(model_type)
+    config.__class__ = made.config
+    config.linearize = {
+        "model_type": model_type,
+        "mixer": mixer,
+        "layers": chosen,
+        "exact_heads": {str(layer): sorted(set(kept)) for layer, kept in exact.items()},
+    }
+    model.__class__ = made.lm
+    teachers = replace_attention(model, config)
+    return Surgery(model, teachers, before, orders)

@@ -1,0 +1,65 @@
+"""A GGUF file -> a plain safetensors folder with tokenizer, chat template and generation config."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from pathlib import Path
+
+from linearize.errors import LinearizeError
+from linearize.weights import check_gguf
+
+# Above this many parameters the copy is stored in bfloat16: fp32 would be eight times the GGUF file.
+FP32_LIMIT = 1_000_000_000
+
+
+def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
+    """Write the model of a GGUF file to `target`, which appears whole or not at all.
+
+    transformers keeps a GGUF model marked as quantized, even when its weights are dense, and then refuses to save or
+    train it; so its class is rebuilt from the config without that mark.
+
+    Args:
+        path: the .gguf file.
+        target: a folder that does not exist yet.
+        notes: further small files of the folder, name -> text.
+
+    Raises:
+        LinearizeError: the file is damaged, or transformers cannot read its architecture.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    check_gguf(path)
+    try:
+        packed = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise LinearizeError(
+            f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}. "
+            "Give the model's safetensors folder or hub id instead."
+        ) from error
+    config = copy.deepcopy(packed.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = ""
+    weights = packed.state_dict()
+    dense = type(packed)(config)
+    dense.load_state_dict(weights)
+    dense.generation_config = packed.generation_config
+    if dense.num_parameters() > FP32_LIMIT:
+        dense = dense.to(torch.bfloat16)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        dense.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for name, text in notes.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

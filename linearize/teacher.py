@@ -1,0 +1,229 @@
+"""The teacher: a local folder, a hub id, a .gguf file or an alias -> its config, or its weights and tokenizer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from linearize.aliases import alias_names, read_alias
+from linearize.errors import LinearizeError, UnknownNameError
+from linearize.fetch import Files, cached_alias, from_alias, from_folder, from_gguf, from_hub
+from linearize.weights import check_folder, check_gguf
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a teacher is, before anything was downloaded.
+
+    Attributes:
+        name: short name, as used in the default output folder.
+        kind: which of the four ways it was given.
+        location: the alias, folder, file or hub id.
+        revision: branch, tag or commit of a hub id.
+    """
+
+    name: str
+    kind: Literal["alias", "folder", "hub", "gguf"]
+    location: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What was loaded, as `recipe.lock.yaml` and the model card state it.
+
+    Attributes:
+        name: as in `TeacherSource`.
+        source: such as `hub:org/name@main`, `wheel:name==version/file` or `folder:/path`.
+        revision: the commit of a hub source, the version of a wheel.
+        license: as the source states it, or None.
+        sha256: of the files that were read, where that is cheap.
+        folder: the local folder that was loaded.
+    """
+
+    name: str
+    source: str
+    revision: str | None
+    license: str | None
+    sha256: dict[str, str]
+    folder: Path
+
+
+def resolve(model: str) -> TeacherSource:
+    """Return where a teacher is; nothing is downloaded.
+
+    An alias comes before a folder of the same name: write `./name` for the folder.
+
+    Args:
+        model: what `--model` was given.
+
+    Raises:
+        UnknownNameError: it is none of the four; the message lists near aliases.
+        LinearizeError: it is a path to a .gguf file that does not exist.
+    """
+    if model in alias_names():
+        return TeacherSource(model, "alias", model)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LinearizeError(f"There is no file {model}. Give the path of a .gguf file that exists.")
+        return TeacherSource(path.stem, "gguf", str(path))
+    if path.is_dir():
+        return TeacherSource(path.resolve().name, "folder", str(path))
+    if HUB_ID.fullmatch(model) and not model.startswith("."):
+        repository, _, revision = model.partition("@")
+        return TeacherSource(repository.rpartition("/")[2], "hub", repository, revision or "main")
+    raise UnknownNameError("model (no alias, folder, .gguf file or hub id org/name)", model, alias_names())
+
+
+def load_config(source: TeacherSource, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return a teacher's config without its weights; an alias needs no download.
+
+    Raises:
+        LinearizeError: the source holds no causal language model that can be linearized.
+    """
+    from transformers import AutoConfig
+
+    if source.kind == "alias":
+        cached = cached_alias(source.location)
+        if cached is None:
+            return AutoConfig.for_model(**read_alias(source.location).config)
+        return _config(cached, trust_remote_code)
+    if source.kind == "folder":
+        return _config(Path(source.location), trust_remote_code)
+    if source.kind == "gguf":
+        path = Path(source.location)
+        check_gguf(path)
+        return _read(AutoConfig, path.parent, str(path), gguf_file=path.name)
+    return _config(_hub_config(source), trust_remote_code, weights=False)
+
+
+def fetch(source: TeacherSource) -> Files:
+    """Return a teacher's files on this machine, downloaded or converted where they are not cached.
+
+    Raises:
+        LinearizeError: they cannot be had.
+    """
+    if source.kind == "alias":
+        return from_alias(source.location)
+    if source.kind == "gguf":
+        return from_gguf(Path(source.location))
+    if source.kind == "hub":
+        return from_hub(source.location, source.revision or "main")
+    check_folder(Path(source.location))
+    return from_folder(Path(source.location))
+
+
+def load_teacher(
+    source: TeacherSource,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TeacherInfo]:
+    """Return a teacher in eval mode, its tokenizer, and what was loaded.
+
+    Args:
+        source: from `resolve`.
+        dtype: of the weights.
+        device: where they go.
+        trust_remote_code: run the Python files of the checkpoint, where its class needs them.
+
+    Raises:
+        LinearizeError: the files cannot be had, are damaged, or hold no causal language model with a tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = fetch(source)
+    _config(files.folder, trust_remote_code)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise LinearizeError(f"{files.folder} cannot be loaded: {_one_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise LinearizeError(
+            f"The weights in {files.folder} lack {len(missing)} of the model's tensors, {missing[0]} among them. "
+            "Download the model again."
+        )
+    tokenizer = _read(AutoTokenizer, files.folder, f"the tokenizer in {files.folder}")
+    info = TeacherInfo(source.name, files.origin, files.revision, files.license, files.sha256, files.folder)
+    return model.to(device).eval(), tokenizer, info
+
+
+def check_causal(config: PretrainedConfig, where: str) -> None:
+    """Raise unless a config is that of a decoder-only language model.
+
+    Raises:
+        LinearizeError: it is an encoder, an encoder-decoder, or a model without a language-model head.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = list(config.architectures or [])
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    causal = [name for name in names if name.endswith(CAUSAL)]
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder model"
+    elif names and not causal:
+        kind = f"an encoder-only model or one without a language-model head ({', '.join(names)})"
+    elif getattr(config, "is_decoder", True) is False:
+        kind = f"an encoder-only model ({config.model_type})"
+    elif not remote and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        kind = f"of type {config.model_type!r}, which has no causal language model in transformers"
+    else:
+        return
+    raise LinearizeError(
+        f"{where} is {kind}; only decoder-only language models can be linearized. `linearize ls` lists some."
+    )
+
+
+def _config(folder: Path, trust_remote_code: bool, weights: bool = True) -> PretrainedConfig:
+    """Return a folder's config after all checks that need no weights in memory."""
+    from transformers import AutoConfig
+
+    if weights:
+        check_folder(folder)
+    config = _read(AutoConfig, folder, str(folder), trust_remote_code=trust_remote_code)
+    check_causal(config, str(folder))
+    return config
+
+
+def _hub_config(source: TeacherSource) -> Path:
+    """Return the folder of a hub repository's config.json, the only file that is downloaded."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        path = hf_hub_download(source.location, "config.json", revision=source.revision)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise LinearizeError(
+            f"{source.location} is no local folder, and its config cannot be had from the hub: {_one_line(error)}"
+        ) from None
+    return Path(path).parent
+
+
+def _read(auto: Any, folder: Path, where: str, **options: Any) -> Any:
+    """Return `auto.from_pretrained(folder)`; what it raises becomes one paragraph."""
+    try:
+        return auto.from_pretrained(folder, **options)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise LinearizeError(f"{where} cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,37 @@
+"""Greedy continuations, for a look at what a model writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from linearize.eval.logits import evaluation_mode
+
+
+def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64) -> str:
+    """Return the model's greedy continuation of a prompt, without the prompt.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        prompt: text, taken as it is (no chat template).
+        max_new_tokens: where to stop, if the model does not end before.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    inputs.pop("token_type_ids", None)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with evaluation_mode(model):
+        tokens = model.generate(
+            **inputs,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+        )
+    text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text

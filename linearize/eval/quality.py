@@ -1,0 +1,132 @@
+"""Held-out quality: perplexity, divergence from the teacher, and both by position in the document.
+
+Shapes: B rows, T tokens a row, L tokens that have a label in a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearize.data import PackedRows
+from linearize.data.formatting import IGNORE
+from linearize.errors import LinearizeError
+from linearize.eval.logits import (
+    ReadLogits,
+    chunks,
+    copy_linear,
+    evaluation_mode,
+    final_states,
+    language_model,
+    logits_reader,
+    output_embedding,
+)
+from linearize.eval.tally import PositionBucket, Quality, Tally
+
+__all__ = ["PositionBucket", "Quality", "TeacherReference", "evaluate"]
+
+TOKENS_PER_BATCH = 4096
+
+
+def labelled(rows: PackedRows, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Return a batch's inputs, the mask [B, T] of tokens that predict a label, and those labels and positions, [L]."""
+    inputs = rows.inputs(device)
+    labels = inputs.pop("labels")
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != IGNORE
+    after = mask.roll(1, dims=1)
+    return inputs, mask, labels[after], inputs["position_ids"][after]
+
+
+def context_note(model: nn.Module, rows: PackedRows) -> str:
+    """Return a note, with a warning, where a document in `rows` is longer than the model's context; else nothing."""
+    context = getattr(language_model(model).config, "max_position_embeddings", None)
+    longest = int(rows.position_ids.max()) + 1
+    if context is None or longest <= context:
+        return ""
+    note = f"evaluated up to {longest} tokens, beyond the context of {context}"
+    warnings.warn(f"Held-out rows are longer than the model's context: {note}. Rows are marked.", stacklevel=3)
+    return note
+
+
+class TeacherReference:
+    """The teacher's predictions on the held-out rows, made once and kept small.
+
+    Kept are the final hidden states of the tokens that predict a label and a copy of the output embedding, so the
+    logits are made anew in chunks. A teacher whose logits are more than that product has its logits kept instead.
+
+    Args:
+        model: the teacher, before surgery.
+        rows: the held-out rows.
+    """
+
+    def __init__(self, model: nn.Module, rows: PackedRows) -> None:
+        self.rows = rows
+        self.states: list[Tensor] = []
+        head = output_embedding(model)
+        self.head: nn.Linear | None = None
+        note = context_note(model, rows)
+        start = time.perf_counter()
+        tally = Tally(rows.length, with_teacher=True)
+        with evaluation_mode(model):
+            device = next(model.parameters()).device
+            for index in range(len(rows)):
+                inputs, mask, targets, positions = labelled(rows[index : index + 1], device)
+                states, plain = final_states(model, inputs)
+                if index == 0 and plain and isinstance(head, nn.Linear):
+                    self.head = copy_linear(head)
+                if self.head is not None:
+                    self.states.append(states[mask].cpu())
+                else:
+                    self.states.append(model(**inputs, use_cache=False).logits[mask].cpu())
+                read = self.reader([index], device)
+                for at in chunks(len(targets), language_model(model).config.vocab_size):
+                    logits = read(at)
+                    tally.add(logits, logits, targets[at], positions[at])
+        self.quality = tally.quality(time.perf_counter() - start, note)
+
+    def reader(self, indices: list[int], device: torch.device) -> ReadLogits:
+        """Return the reader of the teacher's logits for these rows, one after the other."""
+        kept = torch.cat([self.states[index] for index in indices]).to(device)
+        if self.head is None:
+            return lambda at: kept[at].float()
+        head = self.head.to(device)
+        return lambda at: F.linear(kept[at], head.weight, head.bias).float()
+
+
+def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | None = None) -> Quality:
+    """Measure a model on held-out rows in one pass.
+
+    Every token counts the same, whichever row or batch it is in. Logits exist only a chunk of tokens at a time.
+
+    Args:
+        model: a causal language model of transformers, also inside a peft wrapper.
+        rows: held-out rows, [N, T].
+        reference: the teacher on the same rows; None leaves out `kl` and `top1_agreement`.
+
+    Returns:
+        The means over all tokens that have a label.
+
+    Raises:
+        LinearizeError: `reference` was made from other rows.
+    """
+    if reference is not None and not torch.equal(reference.rows.input_ids, rows.input_ids):
+        raise LinearizeError("The teacher's reference was made from other rows. Make it from the rows to be evaluated.")
+    note = context_note(model, rows)
+    start = time.perf_counter()
+    tally = Tally(rows.length, with_teacher=reference is not None)
+    size = max(1, TOKENS_PER_BATCH // rows.length)
+    with evaluation_mode(model):
+        device = next(model.parameters()).device
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            inputs, mask, targets, positions = labelled(part, device)
+            student = logits_reader(model, inputs, mask)
+            teacher = reference.reader(list(range(first, first + len(part))), device) if reference else None
+            for at in chunks(len(targets), language_model(model).config.vocab_size):
+                tally.add(student(at), teacher(at) if teacher else None, targets[at], positions[at])
+    return tally.quality(time.perf_counter() - start, note)

@@ -62,6 +62,7 @@ feature_maps: Registry[type] = Registry("feature map")
 gates: Registry[type] = Registry("gate")
 memories: Registry[type] = Registry("memory")
 combines: Registry[type] = Registry("combine")
+families: Registry[type] = Registry("model family")
 
 register_feature_map = feature_maps.register
 register_gate = gates.register

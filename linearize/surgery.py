@@ -9,9 +9,9 @@ from torch import nn
 
 import linearize.modeling  # noqa: F401  (registers the classes that a converted model becomes)
 from linearize.errors import LinearizeError
-from linearize.families import family_of
 from linearize.mixers.check import check_mixer
 from linearize.modeling.classes import classes_for, replace_attention
+from linearize.registry import families
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Surgery:
         """Put the teacher's attention back and return the model, bit-equal to what it was."""
         model, decoder = self.model, self.model.get_decoder()
         settings = model.config.linearize
-        family = family_of(settings["model_type"])
+        family = families.get(settings["model_type"])
         for index, teacher in self.teachers.items():
             if index in self._orders:
                 order = self._orders[index]
@@ -71,7 +71,7 @@ def convert(
     if getattr(config, "linearize", None):
         raise LinearizeError("This model is linearized already; convert its teacher instead.")
     check_mixer(mixer)
-    family = family_of(config.model_type)
+    family = families.get(config.model_type)
     decoder = model.get_decoder()
     chosen = list(range(config.num_hidden_layers)) if layers is None else sorted(layers)
     exact: dict[int, list[int]] = {}

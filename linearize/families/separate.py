@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+from linearize.registry import families
 
 
+@families.register("llama")
+@families.register("mistral")
+@families.register("qwen2")
+@families.register("qwen3")
 class SeparateProjections:
     """How to read and write attention modules that have `q_proj`, `k_proj`, `v_proj` and `o_proj`."""
 

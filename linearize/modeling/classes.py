@@ -13,9 +13,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from linearize.cache import LinearizedCache
-from linearize.families import FAMILIES, family_of
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import sequence_context
+from linearize.registry import families
 
 STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_static", "offloaded_hybrid")
 
@@ -115,7 +115,7 @@ def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
         The attention modules that were replaced, by layer.
     """
     settings = config.linearize
-    family = family_of(settings["model_type"])
+    family = families.get(settings["model_type"])
     decoder = model.get_decoder()
     decoder.__class__ = classes_for(settings["model_type"]).base
     replaced = {}
@@ -138,7 +138,7 @@ def classes_for(model_type: str) -> Classes:
     """Return (made on first use) the linearized classes of the teacher's `model_type`."""
     if model_type in _CLASSES:
         return _CLASSES[model_type]
-    family_of(model_type)
+    families.get(model_type)
     teacher_config = CONFIG_MAPPING[model_type]
     teacher_base, teacher_lm = MODEL_MAPPING[teacher_config], MODEL_FOR_CAUSAL_LM_MAPPING[teacher_config]
     stem = teacher_lm.__name__.removesuffix("ForCausalLM")
@@ -164,7 +164,7 @@ def register_all() -> None:
     """Let transformers' Auto classes load linearized models of every family."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for model_type in FAMILIES:
+    for model_type in families.names():
         made = classes_for(model_type)
         AutoConfig.register(made.config.model_type, made.config, exist_ok=True)  # type: ignore[attr-defined]
         AutoModelForCausalLM.register(made.config, made.lm, exist_ok=True)

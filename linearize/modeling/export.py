@@ -20,6 +20,7 @@ from typing import Any
 from linearize.errors import LinearizeError
 from linearize.mixers.check import PARTS
 from linearize.modeling.classes import classes_for
+from linearize.registry import families
 
 FILE_NAME = "modeling_linearized.py"
 MODULES = (
@@ -37,8 +38,6 @@ MODULES = (
     "linearize.mixers.exact",
     "linearize.mixers.mixer",
     "linearize.mixers.attention",
-    "linearize.families.separate",
-    "linearize.families",
     "linearize.cache",
     "linearize.modeling.classes",
 )
@@ -104,7 +103,8 @@ def remote_code(model_type: str, mixer: dict[str, Any]) -> str:
 
     imports: dict[str, None] = {}
     names: dict[str, str] = {}
-    bodies = [_body(importlib.import_module(name), imports, names) for name in MODULES]
+    family = families.get(model_type).__module__
+    bodies = [_body(importlib.import_module(name), imports, names) for name in (*MODULES, family)]
     bodies += _user_parts(mixer, imports, names)
     bodies.append(f"classes_for({model_type!r})")
     bodies = [LAZY_IMPORT.sub(_guarded, body) for body in bodies]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from linearize.errors import LinearizeError, UnknownNameError
 
 if TYPE_CHECKING:
-    from linearize.api import Result, linearize, load, plan
+    from linearize.api import Result, linearize, load
+    from linearize.planning import Plan, plan
     from linearize.recipe import (
         Data,
         Finetune,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("Result", "linearize", "load", "plan"), "linearize.api"),
+    **dict.fromkeys(("Result", "linearize", "load"), "linearize.api"),
+    **dict.fromkeys(("Plan", "plan"), "linearize.planning"),
     **dict.fromkeys(
         ("Data", "Finetune", "Lora", "Mixer", "Optimizer", "Part", "Quick", "Recipe", "Transfer", "Window"),
         "linearize.recipe",
@@ -47,6 +49,7 @@ __all__ = [
     "Mixer",
     "Optimizer",
     "Part",
+    "Plan",
     "Quick",
     "Recipe",
     "Result",

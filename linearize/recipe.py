@@ -57,7 +57,7 @@ class Mixer(Strict):
         overlap: the memory also covers the tokens inside the window; if false, window and memory are disjoint.
         output_norm: RMS norm per head on the memory's output.
         output_gate: multiply the mixer's output by a learned gate of the layer's input.
-        k_map_heads: one key feature map per KV head, or per query head (the letter of LoLCATs; the state grows with it).
+        k_map_heads: one key feature map per KV head, or one per query head (LoLCATs to the letter).
     """
 
     feature_map: Part = Part(name="identity")
@@ -306,6 +306,50 @@ class Recipe(Strict):
         for setting in settings:
             _set(tree, setting)
         return self.parse(tree, f"{self.name} with {' '.join(settings)}")
+
+    def prepare(
+        self,
+        *,
+        data: str | list[str] | None = None,
+        tokens: int | None = None,
+        quick: bool = False,
+        overrides: Iterable[str] = (),
+    ) -> Recipe:
+        """Return the recipe that a run with these settings carries out.
+
+        `quick` comes first, then `data` and `tokens`, then the overrides; those of the `quick` section come before it.
+
+        Args:
+            data: replaces `data.source`; the format is found out anew.
+            tokens: total over the stages, split in the recipe's ratio.
+            quick: cut down to the `quick` section, on builtin data.
+            overrides: `key.path=value` settings.
+
+        Raises:
+            LinearizeError: an override is wrong, or a setting would have no effect beside the others.
+        """
+        settings = list(overrides)
+        early = [setting for setting in settings if setting.startswith(("quick.", "quick="))]
+        if early and not quick:
+            raise LinearizeError(f"The override {early[0]!r} has an effect only together with --quick; add it.")
+        budgets = [s for s in settings if s.partition("=")[0].startswith("stages.") and ".tokens=" in s]
+        if budgets and (tokens is not None):
+            raise LinearizeError(f"--tokens {tokens} and the override {budgets[0]!r} both set token budgets; drop one.")
+        recipe = self.with_overrides(early)
+        recipe = recipe.with_quick() if quick else recipe
+        if data is not None:
+            recipe = recipe.with_data(data)
+        if tokens is not None:
+            recipe = recipe.with_tokens(tokens)
+        return recipe.with_overrides(setting for setting in settings if setting not in early)
+
+    def with_data(self, source: str | list[str]) -> Recipe:
+        """Return a copy on other data: the format is found out, and builtin text is learned on all of its tokens."""
+        tree = _tree(self)
+        tree["data"].update(source=source, split="train", format="auto")
+        if source == "builtin":
+            tree["data"].update(loss="all", streaming=False)
+        return self.parse(tree, self.name)
 
     def with_tokens(self, total: int) -> Recipe:
         """Return a copy whose stages train `total` tokens together, split in this recipe's ratio.

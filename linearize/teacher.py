@@ -67,8 +67,7 @@ def resolve(model: str) -> TeacherSource:
         model: what `--model` was given.
 
     Raises:
-        UnknownNameError: it is none of the four; the message lists near aliases.
-        LinearizeError: it is a path to a .gguf file that does not exist.
+        LinearizeError: it is none of the four (the message lists near aliases), or a .gguf file that does not exist.
     """
     if model in alias_names():
         return TeacherSource(model, "alias", model)
@@ -82,7 +81,8 @@ def resolve(model: str) -> TeacherSource:
     if HUB_ID.fullmatch(model) and not model.startswith("."):
         repository, _, revision = model.partition("@")
         return TeacherSource(repository.rpartition("/")[2], "hub", repository, revision or "main")
-    raise UnknownNameError("model (no alias, folder, .gguf file or hub id org/name)", model, alias_names())
+    unknown = UnknownNameError("model", model, alias_names())
+    raise LinearizeError(f"{unknown} A folder, a .gguf file or a hub id such as org/name serves as well.")
 
 
 def load_config(source: TeacherSource, trust_remote_code: bool = False) -> PretrainedConfig:

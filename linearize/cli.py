@@ -1,0 +1,302 @@
+"""The `linearize` command. Bare flags mean `run`; nothing heavy is imported before the arguments are parsed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from linearize.errors import LinearizeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    name="linearize",
+    help="Convert pretrained Transformers into gated-linear and hybrid models. Bare flags mean `run`.",
+    epilog="Add --debug to any command to see the traceback behind an error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Option("--model", help="Folder, hub id, .gguf file or alias (`linearize ls models`).")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Name or YAML file (`linearize ls recipes`).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the recipe's.")
+]
+DataSource = Annotated[str | None, typer.Option("--data", help="builtin, a file, a folder or a hub id.")]
+Tokens = Annotated[str | None, typer.Option("--tokens", help="Total over all stages: 40000, 40K, 2M, 1.5B.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Builtin data and a token budget fit for a CPU.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; chosen by the device if not.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files of the teacher's checkpoint.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished output folder.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0, 2 for a user's mistake, 130 after Ctrl-C.
+
+    Args:
+        arguments: what follows the program's name; those of this process by default.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        app(args=_with_command([word for word in given if word != "--debug"]), prog_name="linearize")
+    except LinearizeError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _with_command(given: list[str]) -> list[str]:
+    """Put `run` before bare flags or overrides, and refuse an unknown command by name."""
+    if not given:
+        return ["--help"]
+    first = given[0]
+    if first in ("-h", "--help", "--version"):
+        return given
+    if first.startswith("-") or "=" in first:
+        return ["run", *given]
+    commands = [command.name or str(getattr(command.callback, "__name__", "")) for command in app.registered_commands]
+    if first not in commands:
+        raise UnknownNameError("command", first, commands)
+    return given
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from linearize import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    model: Model,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; ./<model>-<recipe> by default.")] = None,
+    data: DataSource = None,
+    tokens: Tokens = None,
+    quick: Quick = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the first GPU by default.")] = None,
+    dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, like `linearize plan`.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over in the output folder instead of going on.")
+    ] = False,
+    track: Annotated[str | None, typer.Option(help="tensorboard or wandb, beside metrics.jsonl.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload the finished folder.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Convert a model, recover its quality, evaluate and save it."""
+    if dry_run:
+        plan(model, recipe, overrides, data, tokens, quick, dtype, trust_remote_code)
+        return
+    from linearize import api
+
+    result = api.linearize(
+        model,
+        recipe,
+        output=output,
+        data=data,
+        tokens=_tokens(tokens),
+        quick=quick,
+        seed=seed,
+        device=device,
+        dtype=_dtype(dtype),
+        overrides=list(overrides or []),
+        fresh=fresh,
+        track=track,
+        push_to_hub=push_to_hub,
+        trust_remote_code=trust_remote_code,
+    )
+    _print(result.render())
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    data: DataSource = None,
+    tokens: Tokens = None,
+    quick: Quick = False,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print what a run would do: layers, stages, tokens, memory, disk. Loads no weights."""
+    from linearize import planning
+
+    chosen = planning.plan(
+        model,
+        recipe,
+        data=data,
+        tokens=_tokens(tokens),
+        quick=quick,
+        overrides=overrides or [],
+        dtype=_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+    )
+    _print(chosen.render())
+
+
+@app.command()
+def ls(
+    what: Annotated[str | None, typer.Argument(help="recipes, models, parts or families; all by default.")] = None,
+) -> None:
+    """List recipes, models, mixer parts and model families."""
+    from linearize import listing
+
+    for table in listing.tables(what):
+        _print(table)
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    overrides: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="With every default written out.")] = False,
+) -> None:
+    """Print a recipe; with --full or overrides, every key of it."""
+    from linearize.recipe import Recipe, recipe_path
+
+    loaded = Recipe.from_yaml(recipe, overrides or [])
+    text = loaded.to_yaml() if full or overrides else recipe_path(recipe).read_text(encoding="utf-8")
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def cp(
+    recipe: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    file: Annotated[Path, typer.Argument(help="A new .yaml file, to be edited.")],
+) -> None:
+    """Copy a recipe to a file of your own."""
+    from linearize.listing import copy_recipe
+
+    copy_recipe(recipe, file)
+    typer.echo(f"Wrote {file}. Run it with: linearize --model MODEL --recipe {file}")
+
+
+@app.command()
+def validate(
+    file: Annotated[str, typer.Argument(help="Name or YAML file of a recipe.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="Also check layers, heads and LoRA targets against a model.")
+    ] = None,
+) -> None:
+    """Check a recipe's keys, types and mixer parts."""
+    from linearize import planning
+    from linearize.mixers import check_mixer
+    from linearize.recipe import Recipe
+
+    recipe = Recipe.from_yaml(file, overrides or [])
+    if recipe.mixer is not None:
+        check_mixer(recipe.mixer.model_dump())
+    if model is not None:
+        planning.plan(model, recipe)
+    typer.echo(f"{file} is a valid recipe{f' for {model}' if model else ''}.")
+
+
+@app.command("eval")
+def evaluate(
+    folder: Folder,
+    against: Annotated[str | None, typer.Option(help="Teacher to compare with; the run's own by default.")] = None,
+    data: DataSource = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows.")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="Tokens a row.")] = None,
+) -> None:
+    """Evaluate a finished folder on held-out text."""
+    from linearize import api
+
+    _print(api.evaluate_folder(folder, against=against, data=data, rows=rows, length=length).render())
+
+
+@app.command()
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
+) -> None:
+    """Continue a prompt with a finished model, word by word."""
+    from linearize import api
+
+    for piece in api.generate_text(folder, prompt, max_new_tokens=max_new_tokens):
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, each op's backend and why, and check each op against its fp64 reference."""
+    import torch
+
+    from linearize import doctor as checks
+
+    for name, version in checks.versions().items():
+        typer.echo(f"{name:<14}{version}")
+    for device in checks.devices():
+        typer.echo(f"{'device':<14}{device}")
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    reports = [checks.check_op(op, device, dtype) for op in checks.OPS]
+    for report in reports:
+        verdict = "ok" if report.passed else "WRONG"
+        typer.echo(f"{report.op:<14}{report.backend} ({report.why}); parity {report.error:.1e} {verdict}")
+    if not all(report.passed for report in reports):
+        raise typer.Exit(1)
+
+
+def _tokens(text: str | None) -> int | None:
+    """Return a token count such as 40000, 40_000, 40K, 2M or 1.5B."""
+    if text is None:
+        return None
+    unit = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
+    number = text[:-1] if unit > 1 else text
+    try:
+        count = float(number) * unit
+    except ValueError:
+        count = 0.0
+    if count < 1 or count != int(count):
+        raise LinearizeError(f"--tokens is {text!r}; expected a positive whole number such as 40000, 40K, 2M or 1.5B.")
+    return int(count)
+
+
+def _dtype(name: str | None) -> Any:
+    """Return the torch dtype of a name."""
+    if name is None:
+        return None
+    names = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+    names |= {"float16": "float16", "fp16": "float16"}
+    if name not in names:
+        raise UnknownNameError("dtype", name, names, where="--dtype")
+    import torch
+
+    return getattr(torch, names[name])
+
+
+def _print(renderable: Any | Table) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""`linearize doctor`: versions, devices, which backend each op would use and why, and one parity check per op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linearize.kernels.backend import explain
+from linearize.kernels.gated_linear import gated_linear_attention
+from linearize.kernels.window import window_attention
+
+PACKAGES = ("linearize", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton", "gguf")
+SHAPE = {"batch": 2, "tokens": 67, "heads": 4, "groups": 2, "dim": 32}
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """What an op would run, and how far it is from the fp64 reference.
+
+    Attributes:
+        op: its name.
+        backend: that runs.
+        why: in words.
+        error: largest difference from the reference, relative to its largest value.
+        tolerance: what is allowed.
+    """
+
+    op: str
+    backend: str
+    why: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+
+def _gated_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    log_decay = torch.nn.functional.logsigmoid(k.float()) / 16
+    return gated_linear_attention(q.softmax(-1), k.softmax(-1), v, log_decay).o
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return window_attention(q, k, v, window=16, sinks=2).o
+
+
+OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"gated_linear": _gated_linear, "window": _window}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of what the package is built on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def devices() -> list[str]:
+    """Return every device that torch sees, in words."""
+    cuda = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [f"cuda:{i} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for i, gpu in enumerate(cuda)]
+    return [*gpus, f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+
+
+def check_op(op: str, device: torch.device | str, dtype: torch.dtype) -> OpReport:
+    """Run an op as a model would and compare it with the naive fp64 reference.
+
+    Args:
+        op: a name in `OPS`.
+        device: where the inputs are.
+        dtype: of the inputs.
+    """
+    backend, why = explain(op, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    size = (SHAPE["batch"], SHAPE["tokens"])
+    q = torch.randn(*size, SHAPE["heads"], SHAPE["dim"], generator=generator).to(device, dtype)
+    k, v = (torch.randn(*size, SHAPE["groups"], SHAPE["dim"], generator=generator).to(device, dtype) for _ in "kv")
+    got = OPS[op](q, k, v).double().cpu()
+    expected = _by_reference(OPS[op], q, k, v)
+    error = float((got - expected).abs().max() / expected.abs().max())
+    return OpReport(op, backend, why, error, 1e-5 if dtype == torch.float32 and backend != "triton" else 2e-2)
+
+
+def _by_reference(run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return an op's output by the reference implementation, on fp64 copies of its inputs."""
+    before = os.environ.get("LINEARIZE_BACKEND")
+    os.environ["LINEARIZE_BACKEND"] = "reference"
+    try:
+        return run(q.double().cpu(), k.double().cpu(), v.double().cpu())
+    finally:
+        if before is None:
+            del os.environ["LINEARIZE_BACKEND"]
+        else:
+            os.environ["LINEARIZE_BACKEND"] = before

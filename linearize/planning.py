@@ -1,0 +1,405 @@
+"""Recipe x model config -> Plan: what a run will do, worked out on the meta device before any weight is loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+from linearize.eval.memory import format_bytes
+from linearize.recipe import AnyStage, Recipe, Transfer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from transformers import PretrainedConfig
+
+CONTEXTS = (1024, 8192, 65536)
+PROJECTIONS = {"qk": ("q_proj", "k_proj"), "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj")}
+# AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
+TRAIN_BYTES = 16
+SMALL_FILES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: `softmax` where it stays as it is, else `converted`.
+
+    Attributes:
+        index: of the layer.
+        kind: `softmax` or `converted`.
+        exact_heads: KV heads that keep full softmax.
+        window: tokens of the sliding window, 0 without one.
+        sinks: first tokens that stay visible.
+        memory: the parts of the memory in words, or an empty string.
+    """
+
+    index: int
+    kind: str
+    exact_heads: tuple[int, ...] = ()
+    window: int = 0
+    sinks: int = 0
+    memory: str = ""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: its tokens and optimizer steps, and how many parameters train.
+
+    Attributes:
+        name: `transfer` or `finetune`.
+        tokens: the budget.
+        steps: optimizer steps that it takes.
+        trained: parameters.
+        memory: estimated peak bytes, weights included.
+    """
+
+    name: str
+    tokens: int
+    steps: int
+    trained: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does. `linearize plan` prints it, and the run carries out the same object.
+
+    Attributes:
+        recipe: with all overrides applied.
+        model: the teacher's name.
+        layers: one entry a layer.
+        stages: in order.
+        parameters: of the teacher.
+        mixer_parameters: new ones.
+        memory: estimated peak bytes over the stages.
+        disk: bytes that the run and its output folder need.
+        cache: tokens of context -> bytes of the teacher's and of the student's cache, for one row.
+    """
+
+    recipe: Recipe
+    model: str
+    layers: tuple[LayerPlan, ...]
+    stages: tuple[StagePlan, ...]
+    parameters: int
+    mixer_parameters: int
+    memory: int
+    disk: int
+    cache: dict[int, tuple[int, int]]
+
+    def render(self) -> RenderableType:
+        """Return the plan as rich tables."""
+        from rich.console import Group
+
+        return Group(_summary(self), _layer_table(self), _stage_table(self), _cache_table(self))
+
+
+def make_plan(
+    recipe: Recipe, config: PretrainedConfig, *, model: str = "teacher", dtype: torch.dtype | None = None
+) -> Plan:
+    """Check a recipe against a model and work out what a run will do.
+
+    Args:
+        recipe: with all overrides applied.
+        config: the teacher's.
+        model: the teacher's name, for the printed plan.
+        dtype: of the weights; the config's own, else fp32.
+
+    Raises:
+        LinearizeError: a mixer part, a layer, a head or a LoRA target does not exist, rows are longer than the
+            teacher's context, or a stage has nothing to train.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import linearize.families  # noqa: F401  (fills the registry)
+    from linearize.registry import families
+
+    families.get(config.model_type)
+    _check_length(recipe, config)
+    _check_layers(recipe, config)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
+        parameters = _count(network.parameters())
+        mixers = _convert(recipe, network)
+    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.stages)))
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    checkpoint = max((stage.trained for stage in stages), default=0) * 12
+    return Plan(
+        recipe=recipe,
+        model=model,
+        layers=tuple(_layers(recipe, config)),
+        stages=stages,
+        parameters=parameters,
+        mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
+        memory=max([stage.memory for stage in stages], default=weights),
+        disk=weights + 2 * checkpoint + SMALL_FILES,
+        cache={context: _cache_bytes(recipe, config, mixers, context, dtype) for context in CONTEXTS},
+    )
+
+
+def plan(
+    model: str,
+    recipe: Recipe | str | Path,
+    *,
+    data: str | list[str] | None = None,
+    tokens: int | None = None,
+    quick: bool = False,
+    overrides: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Return what a run would do, without weights and, for an alias, without any download.
+
+    Args:
+        model: folder, hub id, .gguf file or alias.
+        recipe: name, file or object.
+        data: replaces the recipe's data source.
+        tokens: total over the stages, split in the recipe's ratio.
+        quick: the recipe's `quick` sizes on builtin data.
+        overrides: `key.path=value` settings.
+        dtype: of the weights; the config's own, else fp32.
+        trust_remote_code: run the checkpoint's own Python files where its config needs them.
+
+    Raises:
+        LinearizeError: model, recipe or settings are wrong or do not fit together.
+    """
+    from linearize.teacher import load_config, resolve
+
+    prepared = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
+    source = resolve(model)
+    return make_plan(prepared, load_config(source, trust_remote_code), model=source.name, dtype=dtype)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise unless the disk that will hold `folder` has `needed` bytes free.
+
+    Raises:
+        LinearizeError: it has not.
+    """
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise LinearizeError(
+            f"The run needs about {format_bytes(needed)} on the disk of {existing}, with {format_bytes(free)} free. "
+            "Free some space, or give another folder with --output."
+        )
+
+
+def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and recipe.data.length > longest:
+        raise LinearizeError(
+            f"`data.length` is {recipe.data.length} tokens, but the teacher's context ends at {longest} "
+            f"(max_position_embeddings): it cannot teach what lies behind. Set data.length={longest} or less."
+        )
+
+
+def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
+    count, groups = config.num_hidden_layers, config.num_key_value_heads
+    wrong = [] if recipe.layers == "all" else [index for index in recipe.layers if index >= count]
+    if wrong:
+        raise LinearizeError(f"`layers` names layer {wrong[0]}; the model has layers 0 to {count - 1}.")
+    for layer, head in recipe.exact_heads:
+        if layer >= count:
+            raise LinearizeError(f"`exact_heads` names layer {layer}; the model has layers 0 to {count - 1}.")
+        if head >= groups:
+            raise LinearizeError(
+                f"`exact_heads` names KV head {head} of layer {layer}; the model has KV heads 0 to {groups - 1}."
+            )
+
+
+def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
+    """Convert the meta model and return each converted layer's mixer."""
+    from linearize.surgery import convert
+
+    if recipe.mixer is None:
+        return {}
+    layers = None if recipe.layers == "all" else list(recipe.layers)
+    surgery = convert(network, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
+    decoder = network.get_decoder()
+    found = {index: decoder.layers[index].self_attn.mixer for index in surgery.teachers}
+    return {index: mixer for index, mixer in found.items() if mixer is not None}
+
+
+def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
+    mixer = recipe.mixer
+    for index in range(config.num_hidden_layers):
+        if mixer is None or (recipe.layers != "all" and index not in recipe.layers):
+            yield LayerPlan(index, "softmax")
+            continue
+        memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)
+        window, sinks = (mixer.window.size, mixer.window.sinks) if mixer.window else (0, 0)
+        exact = tuple(sorted(head for layer, head in recipe.exact_heads if layer == index))
+        if len(exact) == config.num_key_value_heads:
+            window, sinks, memory = 0, 0, ""
+        yield LayerPlan(index, "converted", exact, window, sinks, memory)
+
+
+def _memory_words(recipe: Recipe) -> str:
+    assert recipe.mixer is not None
+    parts = (recipe.mixer.feature_map, recipe.mixer.gate, recipe.mixer.memory)
+    return ", ".join(part.name for part in parts)
+
+
+def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> StagePlan:
+    stage = recipe.stages[index]
+    trained = _trained(stage, network, mixers)
+    if not trained:
+        raise LinearizeError(
+            f"`stages.{index}` ({stage.stage}) trains nothing: its `train: {stage.train}` finds no parameter in this "
+            "mixer. Drop the stage, or train LoRA deltas (`train: qkvo`)."
+        )
+    length = recipe.data.length
+    steps = math.ceil(stage.tokens / (stage.batch * length))
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    rows = (stage.micro_batch or stage.batch) * length
+    activations = rows * _activation_bytes(stage, network.config, dtype)
+    return StagePlan(stage.stage, stage.tokens, steps, trained, weights + trained * TRAIN_BYTES + activations)
+
+
+def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
+    """Return how many parameters a stage trains."""
+    own = _count(p for mixer in mixers.values() for p in mixer.parameters())
+    decoder = network.get_decoder()
+    if isinstance(stage, Transfer):
+        targets = PROJECTIONS.get(stage.train, ())
+        layers = [decoder.layers[index].self_attn for index in mixers]
+        return own + sum(_lora_size(getattr(layer, name), stage.lora.r) for layer in layers for name in targets)
+    if stage.train == "full":
+        return _count(network.parameters())
+    return _finetune_lora_size(stage, network) + (own if stage.train_mixer else 0)
+
+
+def _finetune_lora_size(stage: Any, network: Any) -> int:
+    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    total = 0
+    for target in stage.lora.targets:
+        matched = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
+        if not matched:
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise LinearizeError(
+                f"The LoRA target {target!r} matches no linear layer of the model. Known: {', '.join(known)}."
+            )
+        total += sum(_lora_size(module, stage.lora.r) for module in matched)
+    return total
+
+
+def _lora_size(module: Any, r: int) -> int:
+    return int(r * (module.in_features + module.out_features))
+
+
+def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
+    """Return the estimated bytes that one token needs for the backward pass."""
+    # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
+    layer = int((13 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize)
+    if isinstance(stage, Transfer):
+        return layer
+    vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
+    logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+    return int(kept + logits)
+
+
+def _cache_bytes(
+    recipe: Recipe, config: Any, mixers: dict[int, nn.Module], context: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Return the bytes of the teacher's and the student's cache after `context` tokens of one row."""
+    groups = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pair = 2 * head_dim * dtype.itemsize
+    exact: dict[int, int] = {}
+    for layer, _ in recipe.exact_heads:
+        exact[layer] = exact.get(layer, 0) + 1
+    converted = set(mixers) | set(exact)
+    sizes: dict[int, int] = {}
+    teacher = student = 0
+    for layer in range(config.num_hidden_layers):
+        softmax = pair * groups * _reach(config, layer, context)
+        teacher += softmax
+        if layer not in converted:
+            student += softmax
+            continue
+        kept = exact.get(layer, 0)
+        if kept not in sizes and layer in mixers:
+            sizes[kept] = _mixer_cache_bytes(mixers[layer], config, groups - kept, head_dim, dtype)
+        student += sizes.get(kept, 0) + pair * kept * context
+    return teacher, student
+
+
+def _reach(config: Any, layer: int, context: int) -> int:
+    """Return how many tokens the teacher's own cache of a layer keeps."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and kinds[layer] != "sliding_attention"):
+        return context
+    return min(context, int(window))
+
+
+def _mixer_cache_bytes(mixer: nn.Module, config: Any, groups: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return the bytes of what a mixer caches, read off one token on the meta device."""
+    from linearize.mixers.context import SequenceContext
+
+    heads = groups * config.num_attention_heads // config.num_key_value_heads
+    x = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta")
+    q = torch.empty(1, 1, heads, head_dim, dtype=dtype, device="meta")
+    k = torch.empty(1, 1, groups, head_dim, dtype=dtype, device="meta")
+    cache: dict[str, Tensor] = {}
+    with torch.no_grad():
+        mixer(x, (q, k), (q, k), k, SequenceContext(), cache)
+    return sum(tensor.numel() * tensor.element_size() for tensor in cache.values())
+
+
+def _count(parameters: Iterator[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _summary(plan: Plan) -> RenderableType:
+    from rich.text import Text
+
+    converted = sum(layer.kind == "converted" for layer in plan.layers)
+    lines = [
+        f"{plan.model} with recipe {plan.recipe.name}: {len(plan.layers)} layers, {converted} converted",
+        f"parameters {plan.parameters:,} + {plan.mixer_parameters:,} in the mixers",
+        f"memory about {format_bytes(plan.memory)} (estimate), disk {format_bytes(plan.disk)}",
+        f"data {plan.recipe.data.source}, rows of {plan.recipe.data.length} tokens",
+    ]
+    return Text("\n".join(lines))
+
+
+def _layer_table(plan: Plan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("layer", "attention", "exact KV heads", "window", "sinks", "memory")
+    for layer in plan.layers:
+        heads = " ".join(map(str, layer.exact_heads))
+        table.add_row(
+            str(layer.index), layer.kind, heads, str(layer.window or ""), str(layer.sinks or ""), layer.memory
+        )
+    return table
+
+
+def _stage_table(plan: Plan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("stage", "tokens", "steps", "trained parameters", "memory (estimate)")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name, f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.trained:,}", format_bytes(stage.memory)
+        )
+    return table
+
+
+def _cache_table(plan: Plan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("context", "teacher's KV cache", "student's cache")
+    for context, (teacher, student) in plan.cache.items():
+        table.add_row(f"{context // 1024}K", format_bytes(teacher), format_bytes(student))
+    return table

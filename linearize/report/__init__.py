@@ -1,0 +1,31 @@
+"""What a run leaves to read: metrics, tables, figures, the HTML report and the model card.
+
+All but the metrics take one plain dict, `results` (saved as `results.json`); keys that are absent leave out their part:
+
+* `model`, `recipe`: names.
+* `rows`: one object per evaluation, in order: `name` ("teacher", "after surgery", "after transfer", ...), `perplexity`,
+  `kl`, `top1`, `tokens` (trained so far), `seconds` (so far), `by_position`, `note`, `control` (true: a row beside the
+  run, never its headline).
+* `samples`: `prompt`, `teacher`, `student`.
+* `cache`: `context`, `teacher_bytes`, `student_bytes`, one object per context.
+* `provenance`: nested plain values; `recipe_yaml`: a string.
+"""
+
+from linearize.report.card import model_card
+from linearize.report.figures import draw_png, draw_svg
+from linearize.report.html import render_html
+from linearize.report.metrics import MetricsWriter, read_metrics, rewind
+from linearize.report.table import cache_cells, quality_cells, rich_table
+
+__all__ = [
+    "MetricsWriter",
+    "cache_cells",
+    "draw_png",
+    "draw_svg",
+    "model_card",
+    "quality_cells",
+    "read_metrics",
+    "render_html",
+    "rewind",
+    "rich_table",
+]

@@ -34,7 +34,7 @@ table { width: 100%; border-collapse: collapse; font-size: 14.5px; font-variant-
 th, td { padding: 8px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-size: 12.5px; font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; padding-left: 8px; }
-tbody tr:last-child td { border-bottom: 0; }
+tbody tr:last-child :is(td, th) { border-bottom: 0; }
 tr.final td { background: var(--tint); font-weight: 600; }
 .pairs th, .pairs td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
 .pairs th { width: 30%; }

@@ -221,7 +221,7 @@ def _read(auto: Any, folder: Path, where: str, **options: Any) -> Any:
     """Return `auto.from_pretrained(folder)`; what it raises becomes one paragraph."""
     try:
         return auto.from_pretrained(folder, **options)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # transformers and tokenizers raise many kinds, `Exception` itself among them
         raise LinearizeError(f"{where} cannot be read: {_one_line(error)}") from error
 
 

@@ -1,0 +1,77 @@
+"""Tiny teachers made on the fly, and no network for anything that would look for one."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+VOCABULARY = 272
+
+
+def tiny_config(family: str = "llama", **changes: object) -> object:
+    """A 2-layer config of a family: hidden 64, 4 query heads, 2 KV heads."""
+    from transformers import CONFIG_MAPPING
+
+    settings: dict[str, object] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return CONFIG_MAPPING[family](**{**settings, **changes})
+
+
+def tiny_tokenizer() -> object:
+    """A byte-level tokenizer: one token a byte, four special ones first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
+    """Save a random tiny model of a family with its tokenizer, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_teacher(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tiny teacher to a new folder: `make_teacher("name", family="qwen3", num_hidden_layers=3)`."""
+
+    def make(name: str = "teacher", **options: object) -> Path:
+        return write_teacher(tmp_path / name, **options)
+
+    return make
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for teachers."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LINEARIZE_CACHE", str(folder))
+    return folder

@@ -42,9 +42,11 @@ def builtin_rows() -> Iterator[Row]:
 def folder_files(folder: Path, split: str) -> list[Path]:
     """Return the readable files under `folder` that belong to `split`, sorted.
 
-    Files with the split in their name (`train-00001.parquet`) are taken; where no name has it, `train` takes all.
+    Files with the split in their name (`train-00001.parquet`) are taken; where no name has it, `train` takes all but
+    those that only describe the folder (README, LICENSE).
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and file_type(path))
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and file_type(path))
+    files = [path for path in found if not path.name.lower().startswith((".", "readme", "license"))]
     named = [path for path in files if split in re.split(r"[-_.]", path.name.lower())]
     chosen = named or (files if split == "train" else [])
     if not chosen:
@@ -83,7 +85,7 @@ def hub_rows(source: str, split: str, streaming: bool) -> Iterable[Row]:
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise LinearizeError(
             f"Cannot load the dataset {source!r} (`data.source`, split {split!r}): it is no local file, and the hub "
-            f"says: {detail[0]} Check the id, `data.split` and the connection, or give a local file."
+            f"says: {detail[0].rstrip('.')}. Check the id, `data.split` and the connection, or give a local file."
         ) from error
     rows: Iterable[Row] = dataset if streaming else dataset.shuffle(seed=0, keep_in_memory=True)
     return rows

@@ -79,6 +79,7 @@ def test_a_folder_without_split_names_gives_all_files(tmp_path):
     (tmp_path / "b").mkdir()
     write(tmp_path / "a.jsonl", ROWS[:1])
     write(tmp_path / "b" / "c.txt", ROWS[1:])
+    (tmp_path / "README.md").write_text("About these files.")
     assert texts(str(tmp_path)) == TEXTS
 
 

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,44 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("LINEARIZE_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_teacher() -> Callable[..., Any]:
+    """Build a model of two layers whose every parameter is random, biases and norms too: `random_teacher("qwen3", (9, 3), 80)`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+
+    def make(
+        family: str = "llama", heads: tuple[int, int] = (4, 2), head_dim: int = 16, seed: int = 0, **changes: object
+    ) -> Any:
+        sizes = {
+            "vocab_size": 61,
+            "hidden_size": -(-32 // heads[0]) * heads[0],  # Llama wants a multiple of the heads
+            "intermediate_size": 32,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": heads[1],
+            "head_dim": head_dim,
+            "max_position_embeddings": 4096,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **{**sizes, **changes}), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(noise if parameter.dim() > 1 else noise + (parameter.data == 1))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_mixer() -> Callable[..., dict[str, Any]]:
+    """Build a recipe's mixer as plain data; what is not named has the recipe's defaults: `make_mixer(gate="key")`."""
+    from linearize.recipe import Mixer
+
+    return lambda **fields: Mixer.model_validate(fields).model_dump()

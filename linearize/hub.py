@@ -63,7 +63,7 @@ def push(folder: str | Path, repo_id: str, private: bool = False, token: str | N
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise LinearizeError(
-            f"The Hub did not take {folder} as {repo_id!r}: {reason[0].rstrip('.')}. Log in with `hf auth login` (a token "
-            "that may write), check the name and the connection, then push again; the folder is unchanged."
+            f"The Hub did not take {folder} as {repo_id!r}: {reason[0].rstrip('.')}. Log in with `hf auth login` (the "
+            "token must be one that writes), check the name and the connection, push again; the folder is unchanged."
         ) from error
     return str(commit)

@@ -120,8 +120,8 @@ def cut(document: Encoded, size: int | None) -> Encoded:
     return Encoded(document.ids[:size], document.labels[:size])
 
 
-def take_held_out(documents: Iterator[Encoded], data: Data, most: int | None) -> tuple[PackedRows, int]:
-    """Take documents from the front of the stream until the held-out rows are full.
+def take_shared(documents: Iterator[Encoded], data: Data, most: int | None) -> tuple[PackedRows, int]:
+    """Take documents from the front of the stream until the held-out rows are full, or none is left.
 
     Up to eight documents share the rows where there are as many, so that one long book does not stand for a library.
 
@@ -131,10 +131,7 @@ def take_held_out(documents: Iterator[Encoded], data: Data, most: int | None) ->
         most: how many documents may be taken, where their number is known.
 
     Returns:
-        Rows [data.held_out, data.length] and the number of documents that they came from.
-
-    Raises:
-        LinearizeError: the documents do not fill the rows.
+        At most data.held_out rows of data.length tokens, and the number of documents that were taken.
     """
     rows, length = data.held_out, data.length
     sharing = 8 if most is None else max(1, min(8, most))
@@ -143,14 +140,46 @@ def take_held_out(documents: Iterator[Encoded], data: Data, most: int | None) ->
     packed = pack([cut(document, share) for document in taken], length)
     if len(packed) < rows:
         packed = pack(taken, length)
-    if len(packed) < rows:
-        limit = "" if most is None else " (half of them all)"
-        raise LinearizeError(
-            f"Not enough text for {rows} held-out rows of {length} tokens (`data.held_out`, `data.length`): the "
-            f"{len(taken)} documents that may be held out{limit} fill {len(packed)}. Lower `data.held_out` or "
-            "`data.length`, or give more text (a document is never split between training and evaluation)."
-        )
     return packed[:rows], len(taken)
+
+
+def evaluation_rows(data: Data, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
+    """Return rows of text to evaluate on that no run trains on, such as a test file: no document is kept apart.
+
+    Args:
+        data: as for `build_corpus`; `held_out` is the number of rows, fewer where the text is short.
+        tokenizer: the teacher's.
+
+    Returns:
+        Rows [at most data.held_out, data.length].
+
+    Raises:
+        LinearizeError: what `load_documents` and `encode` raise, or the text does not fill one row.
+    """
+    stream, most = load_documents(data), None
+    if not is_lazy(data):
+        known = list(stream)
+        stream, most = shuffled(known, seed=0), len(known)
+    rows, _ = take_shared((encode(document, tokenizer, data.loss) for document in stream), data, most)
+    if not len(rows):
+        raise LinearizeError(
+            f"Not enough text to evaluate on: {data.source!r} does not fill one row of {data.length} tokens "
+            "(`data.length`). Lower it, or give more text."
+        )
+    return rows
+
+
+def describe(
+    data: Data, train: PackedRows, documents: int, epochs: float, held_out: PackedRows, held_documents: int
+) -> str:
+    """Return a corpus in one line."""
+    source = data.source if isinstance(data.source, str) else ", ".join(data.source)
+    repeats = f", repeated for {epochs:.1f} epochs" if epochs > 1 else ""
+    return (
+        f"{source}: {len(train)} training rows of {data.length} tokens ({train.tokens:,} from {documents:,} "
+        f"documents{repeats}); {len(held_out)} held-out rows ({held_out.tokens:,} from {held_documents:,} other "
+        "documents)"
+    )
 
 
 def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens: int, seed: int) -> Corpus:
@@ -173,13 +202,20 @@ def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens
     rows = -(-train_tokens // data.length)
     if is_lazy(data):
         encoded = (encode(document, tokenizer, data.loss) for document in stream)
-        held_out, held_documents = take_held_out(encoded, data, most=None)
+        held_out, held_documents = take_shared(encoded, data, most=None)
     else:
         known = list(shuffled(list(stream), seed=0))
         first = (encode(document, tokenizer, data.loss) for document in known)
-        held_out, held_documents = take_held_out(first, data, most=len(known) // 2)
+        held_out, held_documents = take_shared(first, data, most=len(known) // 2)
         rest = shuffled(known[held_documents:], seed)
         encoded = (encode(document, tokenizer, data.loss) for document in rest)
+    if len(held_out) < data.held_out:
+        raise LinearizeError(
+            f"Not enough text for {data.held_out} held-out rows of {data.length} tokens (`data.held_out`, "
+            f"`data.length`): the {held_documents} documents that may be held out (half of them) fill {len(held_out)}. Lower "
+            "`data.held_out` or `data.length`, or give more text (a document is never split between training and "
+            "evaluation)."
+        )
     documents = take(encoded, rows, data.length)
     train = pack(documents, data.length)[:rows]
     if not len(train):
@@ -188,12 +224,5 @@ def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens
             f"{data.length} tokens (`data.length`). Lower `data.length` or `data.held_out`, or give more text."
         )
     settings = {**data.model_dump(include={"format", "loss", "length", "held_out", "split"}), "seed": seed}
-    source = data.source if isinstance(data.source, str) else ", ".join(data.source)
-    epochs = train_tokens / train.tokens
-    repeats = f", repeated for {epochs:.1f} epochs" if epochs > 1 else ""
-    description = (
-        f"{source}: {len(train)} training rows of {data.length} tokens ({train.tokens:,} from {len(documents):,} "
-        f"documents{repeats}); {len(held_out)} held-out rows ({held_out.tokens:,} from {held_documents:,} other "
-        "documents)"
-    )
+    description = describe(data, train, len(documents), train_tokens / train.tokens, held_out, held_documents)
     return Corpus(train, held_out, fingerprint(train, held_out, settings), description, settings)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linearize.data import Corpus, build_corpus
+from linearize.data import Corpus, build_corpus, evaluation_rows
 from linearize.errors import LinearizeError
 from linearize.recipe import Data
 
@@ -132,3 +132,14 @@ def test_builtin_text_serves_the_demo(tokenizer):
     corpus = build_corpus(Data(length=512, held_out=8), tokenizer, train_tokens=40_000, seed=0)
     assert corpus.held_out.input_ids.shape == (8, 512)
     assert corpus.train.input_ids.shape == (79, 512)
+
+
+def test_a_test_file_is_evaluated_whole(tokenizer, tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps({"text": letter * 500}) + "\n" for letter in "abc"))
+    rows = evaluation_rows(data(str(path), length=100, held_out=12), tokenizer)
+    assert len(rows) == 12
+    assert letters_in(rows, tokenizer) == {"a", "b", "c"}
+    assert len(evaluation_rows(data(str(path), length=100, held_out=50), tokenizer)) == 15
+    with pytest.raises(LinearizeError, match="does not fill one row of 5000 tokens"):
+        evaluation_rows(data(str(path), length=5000), tokenizer)

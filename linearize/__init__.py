@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from linearize.errors import LinearizeError, UnknownNameError
 
 if TYPE_CHECKING:
-    from linearize.api import Result, linearize, load
-    from linearize.planning import Plan, plan
+    from linearize.api import Result, linearize, load, plan
+    from linearize.planning import Plan
     from linearize.recipe import (
         Data,
         Finetune,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("Result", "linearize", "load"), "linearize.api"),
-    **dict.fromkeys(("Plan", "plan"), "linearize.planning"),
+    **dict.fromkeys(("Result", "linearize", "load", "plan"), "linearize.api"),
+    "Plan": "linearize.planning",
     **dict.fromkeys(
         ("Data", "Finetune", "Lora", "Mixer", "Optimizer", "Part", "Quick", "Recipe", "Transfer", "Window"),
         "linearize.recipe",

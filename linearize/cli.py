@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from linearize.errors import LinearizeError, UnknownNameError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 app = typer.Typer(
     name="linearize",
@@ -30,6 +27,7 @@ Overrides = Annotated[
 DataSource = Annotated[str | None, typer.Option("--data", help="builtin, a file, a folder or a hub id.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Total over all stages: 40000, 40K, 2M, 1.5B.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Builtin data and a token budget fit for a CPU.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1; the first GPU by default.")]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; chosen by the device if not.")
 ]
@@ -94,7 +92,7 @@ def run(
     tokens: Tokens = None,
     quick: Quick = False,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the first GPU by default.")] = None,
+    device: Device = None,
     dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, like `linearize plan`.")] = False,
     fresh: Annotated[
@@ -106,27 +104,36 @@ def run(
 ) -> None:
     """Convert a model, recover its quality, evaluate and save it."""
     if dry_run:
-        plan(model, recipe, overrides, data, tokens, quick, dtype, trust_remote_code)
+        plan(model, recipe, overrides, data, tokens, quick, device, dtype, trust_remote_code)
         return
     from linearize import api
+    from linearize.display import RunDisplay, quiet_libraries, show_results
 
-    result = api.linearize(
-        model,
-        recipe,
-        output=output,
-        data=data,
-        tokens=_tokens(tokens),
-        quick=quick,
-        seed=seed,
-        device=device,
-        dtype=_dtype(dtype),
-        overrides=list(overrides or []),
-        fresh=fresh,
-        track=track,
-        push_to_hub=push_to_hub,
-        trust_remote_code=trust_remote_code,
-    )
-    _print(result.render())
+    quiet_libraries()
+    display = RunDisplay()
+    try:
+        result = api.linearize(
+            model,
+            recipe,
+            output,
+            data=data,
+            tokens=_tokens(tokens),
+            quick=quick,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            overrides=overrides or [],
+            fresh=fresh,
+            track=track,
+            push_to_hub=push_to_hub,
+            trust_remote_code=trust_remote_code,
+            watch=display,
+        )
+    finally:
+        display.close()
+    if result.finished_before:
+        typer.echo(f"{result.output} is finished already; --fresh makes it anew.")
+    show_results(result.results, result.output)
 
 
 @app.command()
@@ -137,20 +144,22 @@ def plan(
     data: DataSource = None,
     tokens: Tokens = None,
     quick: Quick = False,
+    device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would do: layers, stages, tokens, memory, disk. Loads no weights."""
-    from linearize import planning
+    from linearize import api
 
-    chosen = planning.plan(
+    chosen = api.plan(
         model,
         recipe,
         data=data,
         tokens=_tokens(tokens),
         quick=quick,
+        device=device,
+        dtype=dtype,
         overrides=overrides or [],
-        dtype=_dtype(dtype),
         trust_remote_code=trust_remote_code,
     )
     _print(chosen.render())
@@ -202,7 +211,7 @@ def validate(
     ] = None,
 ) -> None:
     """Check a recipe's keys, types and mixer parts."""
-    from linearize import planning
+    from linearize import api
     from linearize.mixers import check_mixer
     from linearize.recipe import Recipe
 
@@ -210,22 +219,26 @@ def validate(
     if recipe.mixer is not None:
         check_mixer(recipe.mixer.model_dump())
     if model is not None:
-        planning.plan(model, recipe)
+        api.plan(model, recipe)
     typer.echo(f"{file} is a valid recipe{f' for {model}' if model else ''}.")
 
 
 @app.command("eval")
 def evaluate(
     folder: Folder,
-    against: Annotated[str | None, typer.Option(help="Teacher to compare with; the run's own by default.")] = None,
+    against: Annotated[str | None, typer.Option(help="Teacher to compare with, as for --model.")] = None,
     data: DataSource = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows.")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens a row.")] = None,
 ) -> None:
     """Evaluate a finished folder on held-out text."""
     from linearize import api
+    from linearize.display import quiet_libraries
+    from linearize.report import quality_cells, rich_table
 
-    _print(api.evaluate_folder(folder, against=against, data=data, rows=rows, length=length).render())
+    quiet_libraries()
+    results = api.evaluate_folder(folder, against=against, data=data, rows=rows, length=length)
+    _print(rich_table(quality_cells(results), str(folder)))
 
 
 @app.command()
@@ -236,7 +249,9 @@ def generate(
 ) -> None:
     """Continue a prompt with a finished model, word by word."""
     from linearize import api
+    from linearize.display import quiet_libraries
 
+    quiet_libraries()
     for piece in api.generate_text(folder, prompt, max_new_tokens=max_new_tokens):
         typer.echo(piece, nl=False)
         sys.stdout.flush()
@@ -279,23 +294,10 @@ def _tokens(text: str | None) -> int | None:
     return int(count)
 
 
-def _dtype(name: str | None) -> Any:
-    """Return the torch dtype of a name."""
-    if name is None:
-        return None
-    names = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-    names |= {"float16": "float16", "fp16": "float16"}
-    if name not in names:
-        raise UnknownNameError("dtype", name, names, where="--dtype")
-    import torch
+def _print(renderable: Any) -> None:
+    from linearize.display import terminal
 
-    return getattr(torch, names[name])
-
-
-def _print(renderable: Any | Table) -> None:
-    from rich.console import Console
-
-    Console().print(renderable)
+    terminal().print(renderable)
 
 
 if __name__ == "__main__":

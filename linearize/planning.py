@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,39 +143,6 @@ def make_plan(
     )
 
 
-def plan(
-    model: str,
-    recipe: Recipe | str | Path,
-    *,
-    data: str | list[str] | None = None,
-    tokens: int | None = None,
-    quick: bool = False,
-    overrides: Iterable[str] = (),
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Return what a run would do, without weights and, for an alias, without any download.
-
-    Args:
-        model: folder, hub id, .gguf file or alias.
-        recipe: name, file or object.
-        data: replaces the recipe's data source.
-        tokens: total over the stages, split in the recipe's ratio.
-        quick: the recipe's `quick` sizes on builtin data.
-        overrides: `key.path=value` settings.
-        dtype: of the weights; the config's own, else fp32.
-        trust_remote_code: run the checkpoint's own Python files where its config needs them.
-
-    Raises:
-        LinearizeError: model, recipe or settings are wrong or do not fit together.
-    """
-    from linearize.teacher import load_config, resolve
-
-    prepared = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
-    source = resolve(model)
-    return make_plan(prepared, load_config(source, trust_remote_code), model=source.name, dtype=dtype)
-
-
 def check_disk(folder: Path, needed: int) -> None:
     """Raise unless the disk that will hold `folder` has `needed` bytes free.
 
@@ -257,7 +223,7 @@ def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module
             "mixer. Drop the stage, or train LoRA deltas (`train: qkvo`)."
         )
     length = recipe.data.length
-    steps = math.ceil(stage.tokens / (stage.batch * length))
+    steps = stage.steps(length)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     rows = (stage.micro_batch or stage.batch) * length
     activations = rows * _activation_bytes(stage, network.config, dtype)

@@ -120,6 +120,10 @@ class Stage(Strict):
             raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
         return self
 
+    def steps(self, length: int) -> int:
+        """Return how many optimizer steps the token budget makes with rows of `length` tokens."""
+        return max(1, round(self.tokens / (self.batch * length)))
+
 
 class Transfer(Stage):
     """Attention transfer: each mixer learns its own layer's attention output, layers isolated from each other.
@@ -229,6 +233,11 @@ class Recipe(Strict):
         self._check_exact_heads()
         if self.mixer is None and any(isinstance(stage, Transfer) for stage in self.stages):
             raise ValueError("a `transfer` stage needs a mixer to train, and `mixer` is null")
+        kinds = [stage.stage for stage in self.stages]
+        if "transfer" in kinds[kinds.index("finetune") :] if "finetune" in kinds else False:
+            raise ValueError(
+                "a `transfer` stage stands behind a `finetune` stage, which has changed its teacher by then"
+            )
         return self
 
     def _check_layers(self) -> None:

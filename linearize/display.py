@@ -1,0 +1,109 @@
+"""What the terminal shows of a run: progress bars with tokens/s, loss and time left, then its tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from linearize.report import cache_cells, quality_cells, rich_table
+from linearize.report.table import number, small
+
+
+def terminal() -> Console:
+    """Return the console of standard output; a file or a pipe gets lines of 120 columns."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars of transformers, which would run into ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+class RunDisplay:
+    """Shows a run's events as they come; pass it to `linearize.linearize` as `watch`.
+
+    Args:
+        console: where to; the terminal by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or terminal()
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        kind = event["event"]
+        if kind == "step":
+            self._step(event)
+            return
+        self.close()
+        if kind == "load":
+            self.console.print(f"Loading {escape(event['model'])}")
+        elif kind == "data":
+            self.console.print(f"Data: {escape(event['description'])}")
+        elif kind == "evaluate":
+            self.console.print(f"Evaluating: {escape(event['name'])}")
+        elif kind == "row":
+            self.console.print(f"  {escape(_row_words(event['row']))}")
+        elif kind == "stage":
+            self._start(event["stage"], event["steps"])
+        elif kind == "save":
+            self.console.print("Writing the checkpoint and the report")
+
+    def close(self) -> None:
+        """Take down the progress bar, if one is up."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _start(self, stage: str, steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(stage, total=steps, loss="-", speed="-")
+        self._progress.start()
+
+    def _step(self, event: dict[str, Any]) -> None:
+        if self._progress is not None:
+            loss, speed = small(event["loss"]), number(event["tokens_per_second"])
+            self._progress.update(self._task, completed=event["step"], loss=loss, speed=speed)
+
+
+def show_results(results: dict[str, Any], output: Path, console: Console | None = None) -> None:
+    """Print a finished run: quality, cache, sample continuations and where it lies.
+
+    Args:
+        results: as in `results.json`.
+        output: the finished folder.
+        console: where to; the terminal by default.
+    """
+    console = console or terminal()
+    console.print(rich_table(quality_cells(results), f"{escape(results['model'])}, recipe {escape(results['recipe'])}"))
+    if results.get("cache"):
+        console.print(rich_table(cache_cells(results), "Bytes of cache, one row"))
+    samples = results.get("samples", {})
+    for who in ("teacher", "student"):
+        if who in samples:
+            console.print(f"[bold]{who}[/bold]: {escape(samples.get('prompt', ''))}[dim]{escape(samples[who])}[/dim]")
+    console.print(f"Checkpoint: {escape(str(output))}   report: {escape(str(output / 'report.html'))}")
+
+
+def _row_words(row: dict[str, Any]) -> str:
+    words = [f"{row['name']}: perplexity {number(row['perplexity'])}"] if "perplexity" in row else [row["name"]]
+    if row.get("kl") is not None:
+        words.append(f"KL to teacher {small(row['kl'])}")
+    return ", ".join(words)

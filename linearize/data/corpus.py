@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from linearize.data.formatting import Document, Encoded, encode
+from linearize.data.formatting import encode
 from linearize.data.packing import PackedRows, pack
+from linearize.data.selection import shuffled, take, take_shared
 from linearize.data.sources import is_lazy, load_documents
 from linearize.errors import LinearizeError
 from linearize.recipe import Data
@@ -97,52 +97,6 @@ def fingerprint(train: PackedRows, held_out: PackedRows, settings: dict[str, Any
     return digest.hexdigest()
 
 
-def shuffled(documents: list[Document], seed: int) -> Iterator[Document]:
-    """Yield the documents in an order that depends on `seed` and their number alone."""
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
-    return (documents[index] for index in order.tolist())
-
-
-def take(documents: Iterator[Encoded], rows: int, length: int, share: int | None = None) -> list[Encoded]:
-    """Take documents until they fill `rows` rows of `length` tokens, each counting for `share` tokens at most."""
-    taken: list[Encoded] = []
-    size = 0
-    for document in documents:
-        taken.append(document)
-        size += len(document.ids[:share])
-        if size >= rows * length and len(pack([cut(part, share) for part in taken], length)) >= rows:
-            break
-    return taken
-
-
-def cut(document: Encoded, size: int | None) -> Encoded:
-    """Return the first `size` tokens of a document."""
-    return Encoded(document.ids[:size], document.labels[:size])
-
-
-def take_shared(documents: Iterator[Encoded], data: Data, most: int | None) -> tuple[PackedRows, int]:
-    """Take documents from the front of the stream until the held-out rows are full, or none is left.
-
-    Up to eight documents share the rows where there are as many, so that one long book does not stand for a library.
-
-    Args:
-        documents: the stream; what is taken here is not there any more for training.
-        data: uses `length` and `held_out`.
-        most: how many documents may be taken, where their number is known.
-
-    Returns:
-        At most data.held_out rows of data.length tokens, and the number of documents that were taken.
-    """
-    rows, length = data.held_out, data.length
-    sharing = 8 if most is None else max(1, min(8, most))
-    share = max(length, -(-rows * length // sharing))
-    taken = take(islice(documents, most), rows, length, share)
-    packed = pack([cut(document, share) for document in taken], length)
-    if len(packed) < rows:
-        packed = pack(taken, length)
-    return packed[:rows], len(taken)
-
-
 def evaluation_rows(data: Data, tokenizer: PreTrainedTokenizerBase) -> PackedRows:
     """Return rows of text to evaluate on that no run trains on, such as a test file: no document is kept apart.
 
@@ -212,9 +166,9 @@ def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens
     if len(held_out) < data.held_out:
         raise LinearizeError(
             f"Not enough text for {data.held_out} held-out rows of {data.length} tokens (`data.held_out`, "
-            f"`data.length`): the {held_documents} documents that may be held out (half of them) fill {len(held_out)}. Lower "
-            "`data.held_out` or `data.length`, or give more text (a document is never split between training and "
-            "evaluation)."
+            f"`data.length`): the {held_documents} documents that may be held out (half of them) fill "
+            f"{len(held_out)}. Lower `data.held_out` or `data.length`, or give more text (a document is never split "
+            "between training and evaluation)."
         )
     documents = take(encoded, rows, data.length)
     train = pack(documents, data.length)[:rows]

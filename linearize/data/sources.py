@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from linearize.data.formatting import Document, choose_format, to_document
+from linearize.data.documents import Document, choose_format, to_document
 from linearize.data.readers import READERS, Row, file_type, read_file
 from linearize.errors import LinearizeError
 from linearize.recipe import Data

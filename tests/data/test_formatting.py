@@ -1,6 +1,7 @@
 import pytest
 
-from linearize.data.formatting import IGNORE, choose_format, encode, to_document
+from linearize.data.documents import choose_format, to_document
+from linearize.data.formatting import IGNORE, encode
 from linearize.errors import LinearizeError
 
 CHAT = {

@@ -106,3 +106,53 @@ def window_reference(
     weights = torch.where(visible[:, None], (scores - lse[..., None].clamp(min=-1e300)).exp(), 0.0)
     o = torch.einsum("bhij,bjhv->bihv", weights, v)
     return o, lse.transpose(1, 2), scores.amax(-1).transpose(1, 2)
+
+
+def gated_delta_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule by its recurrence, `S_t = (I - b k k^T) diag(exp g) S_{t-1} + b k v^T`, `o_t = scale q_t^T S_t`.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, G, K].
+        v: [B, T, G, V].
+        beta: [B, T, G].
+        log_decay: None, [G], [B, T, G] or [B, T, G, K].
+        scale: factor on the outputs.
+        starts: [B, T], first visible token of each token, as in `gated_linear_reference`.
+        initial_state: [B, G, K, V].
+
+    Returns:
+        o [B, T, H, V] and state [B, G, K, V], fp64.
+    """
+    q, k, v, beta = q.double(), k.double(), v.double(), beta.double()
+    batch, length, heads, key_dim = q.shape
+    groups, value_dim = k.shape[2], v.shape[-1]
+    g = (q.new_zeros(groups) if log_decay is None else log_decay).double()
+    if g.dim() == 1:
+        g = g.expand(batch, length, groups)
+    if g.dim() == 3:
+        g = g[..., None].expand(batch, length, groups, key_dim)
+    outputs = []
+    state = q.new_zeros(batch, groups, key_dim, value_dim) if initial_state is None else initial_state.double()
+    previous = q.new_full((batch,), -1)
+    for t in range(length):
+        write = beta[:, t]
+        if starts is not None:
+            state = state.masked_fill((starts[:, t] != previous).view(batch, 1, 1, 1), 0.0)
+            write = write * (starts[:, t] <= t).view(batch, 1)
+            previous = starts[:, t].double()
+        state = state * g[:, t].exp()[..., None]
+        key = k[:, t, :, None]  # [B, G, 1, K]
+        state = state + key.transpose(-1, -2) * (write[..., None, None] * (v[:, t, :, None] - key @ state))
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state.repeat_interleave(heads // groups, 1)))
+    return torch.stack(outputs, 1), state

@@ -1,0 +1,197 @@
+"""The gated delta rule on grouped KV heads: DeltaNet, Gated DeltaNet, KDA, and DeltaNet with negative eigenvalues.
+
+Legend: B batch, T tokens, H query heads, G KV heads (H = G * R), K key dim, V value dim, C chunk, N chunks.
+Layout [B, T, heads, dim]. The state lives per KV head; k, v, beta and gates are never repeated to the query heads.
+
+Chunked (WY) form. With w_t = beta_t (v_t - k_t^T diag(exp g_t) S_{t-1}) the rule is gated linear attention with w for v.
+In a chunk, w solves the unit lower triangular system (I + L) w = beta (v - (k exp gc) S), with
+L_tj = beta_t k_t exp(gc_t - gc_j) k_j for j < t, where gc sums the chunk's gates and S is the state before the chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.kernels.backend import select
+from linearize.kernels.gated_linear import (
+    CHUNK,
+    LinearOutput,
+    _check_shapes,
+    _scores,
+    _sum_after,
+    starts_from_cu_seqlens,
+)
+
+L2_EPS = 1e-6
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    l2norm: bool = False,
+) -> LinearOutput:
+    """Gated delta rule, `S_t = (I - b_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + b_t k_t v_t^T`, `o_t = scale * q_t^T S_t`.
+
+    arXiv:2412.06464, eq. 10 (decay per head); arXiv:2510.26692, eq. 1 (decay per key channel).
+
+    Args:
+        q: queries [B, T, H, K], any strides.
+        k: keys [B, T, G, K], H a multiple of G. The rule is stable for unit keys: see `l2norm`.
+        v: values [B, T, G, V].
+        beta: write strength b [B, T, G], in [0, 1], or [0, 2] for negative eigenvalues.
+        log_decay: g in (-inf, 0]: None, [G], [B, T, G] or [B, T, G, K].
+        scale: factor on the outputs.
+        starts: int [B, T], first visible token of each token, as in `gated_linear_attention`.
+        cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
+        initial_state: [B, G, K, V] in fp32, zeros by default.
+        l2norm: scale q and k to unit length first.
+
+    Returns:
+        Outputs [B, T, H, V] in v's dtype and final state [B, G, K, V] in fp32; no normalizer.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    _check_shapes(q, k, v, log_decay)
+    if beta.shape != k.shape[:3]:
+        raise ValueError(f"beta has shape {tuple(beta.shape)}; expected {tuple(k.shape[:3])}.")
+    if cu_seqlens is not None:
+        if starts is not None or q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {q.shape[0]}.")
+        starts = starts_from_cu_seqlens(cu_seqlens, q.shape[1])
+    backend = select("delta", q)
+    if backend == "triton":
+        from linearize.kernels.delta_triton import gated_delta_triton
+
+        if l2norm:
+            q, k = _unit(q).to(q.dtype), _unit(k).to(k.dtype)
+        o, state = gated_delta_triton(q, k, v, beta, log_decay, scale, starts, initial_state)
+        return LinearOutput(o, None, state, None)
+    if l2norm:
+        q, k = _unit(q), _unit(k)
+    if backend == "reference":
+        from linearize.kernels.reference import gated_delta_reference
+
+        o, state = gated_delta_reference(
+            q, k, v, beta, log_decay, scale=scale, starts=starts, initial_state=initial_state
+        )
+        return LinearOutput(o.to(v.dtype), None, state.float(), None)
+    return _chunked(q, k, v, beta, log_decay, scale, starts, initial_state)
+
+
+def gated_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float = 1.0,
+    l2norm: bool = False,
+) -> Tensor:
+    """One token of the gated delta rule; `state` is updated in place.
+
+    Args:
+        q: [B, H, K].
+        k: [B, G, K].
+        v: [B, G, V].
+        beta: [B, G].
+        log_decay: None, [G], [B, G] or [B, G, K].
+        state: [B, G, K, V] in fp32.
+        scale: factor on the output.
+        l2norm: scale q and k to unit length first.
+
+    Returns:
+        o [B, H, V] in v's dtype.
+    """
+    batch, heads, key_dim = q.shape
+    groups = k.shape[1]
+    if l2norm:
+        q, k = _unit(q), _unit(k)
+    if log_decay is not None:
+        decay = log_decay.float().exp()
+        state.mul_(decay[..., None] if decay.dim() == 3 else decay[..., None, None])
+    key = k.float()[:, :, None]  # [B, G, 1, K]
+    write = beta.float()[..., None, None] * (v.float()[:, :, None] - key @ state)
+    state.add_(key.transpose(-1, -2) * write)
+    rows = q.float().view(batch, groups, heads // groups, key_dim) * scale
+    out: Tensor = (rows @ state).view(batch, heads, -1).to(v.dtype)
+    return out
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.float()
+    length: Tensor = x.square().sum(-1, keepdim=True) + L2_EPS
+    return x * length.rsqrt()
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+) -> LinearOutput:
+    """WY form in PyTorch: O(T) memory, differentiable, all exponents at most zero."""
+    batch, length, heads, _ = q.shape
+    groups = k.shape[2]
+    chunks = -(-length // CHUNK)
+    pad = chunks * CHUNK - length
+
+    def split(x: Tensor) -> Tensor:
+        """[B, T, G, D] -> fp32 [B, G, N, C, D]"""
+        return F.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, CHUNK)).movedim(3, 1)
+
+    queries = split(q).unflatten(1, (groups, heads // groups)) * scale  # [B, G, R, N, C, K]
+    keys, values, strength = split(k), split(v), split(beta[..., None])
+    reads, key_reads, writes, carry, decay = queries, keys, keys, None, None
+    if log_decay is not None:
+        if log_decay.dim() == 1:
+            log_decay = log_decay.expand(batch, length, groups)
+        decay = split(log_decay if log_decay.dim() == 4 else log_decay[..., None])  # [B, G, N, C, 1 or K]
+        running = decay.cumsum(3)
+        reads, key_reads = queries * running.exp()[:, :, None], keys * running.exp()
+        writes = keys * _sum_after(decay).exp()
+        carry = running[:, :, :, -1].exp()  # [B, G, N, 1 or K]
+    scores = _scores(queries, keys, decay)  # [B, G, R, N, C, C]
+    overlap = _scores(keys[:, :, None], keys, decay)[:, :, 0].tril(-1)  # [B, G, N, C, C]
+    if starts is not None:
+        first = torch.cat([starts, starts[:, -1:].expand(batch, pad)], 1).view(batch, chunks, CHUNK)
+        position = torch.arange(chunks * CHUNK, device=q.device).view(chunks, CHUNK)
+        begin, last = position[:, :1], first[..., -1:]
+        hidden = position[:, None] < first[..., None]  # [B, N, C, C]
+        scores = scores.masked_fill(hidden[:, None, None], 0.0)
+        overlap = overlap.masked_fill(hidden[:, None], 0.0)
+        seen = (first < begin)[..., None]  # [B, N, C, 1]
+        reads, key_reads = reads * seen[:, None, None], key_reads * seen[:, None]
+        writes = writes * (position >= last)[:, None, ..., None]
+        kept = (last < begin)[:, None].float()  # [B, 1, N, 1]
+        carry = kept if carry is None else carry * kept
+    right = torch.cat([strength * values, strength * key_reads], -1)
+    solved = torch.linalg.solve_triangular(strength * overlap, right, upper=False, unitriangular=True)
+    fresh, stale = solved.split([values.shape[-1], keys.shape[-1]], -1)
+
+    state = keys.new_zeros(batch, groups, keys.shape[-1], values.shape[-1])
+    if initial_state is not None:
+        state = initial_state.float()
+    outputs = []
+    for n in range(chunks):
+        new = fresh[:, :, n] - stale[:, :, n] @ state  # [B, G, C, V]
+        outputs.append(reads[:, :, :, n] @ state[:, :, None] + scores[:, :, :, n] @ new[:, :, None])
+        state = writes[:, :, n].transpose(-1, -2) @ new + (state if carry is None else state * carry[:, :, n, :, None])
+    out = torch.stack(outputs, 3).flatten(1, 2).movedim(1, 3).flatten(1, 2)[:, :length]  # [B, T, H, V]
+    return LinearOutput(out.to(v.dtype), None, state, None)

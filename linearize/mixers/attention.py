@@ -30,7 +30,9 @@ class LinearizedAttention(nn.Module):
         exact: E.
     """
 
-    def __init__(self, teacher: nn.Module, family: Any, config: Any, layer: int, spec: dict[str, Any], exact: int) -> None:
+    def __init__(
+        self, teacher: nn.Module, family: Any, config: Any, layer: int, spec: dict[str, Any], exact: int
+    ) -> None:
         super().__init__()
         for name, child in teacher.named_children():
             self.add_module(name, child)
@@ -67,6 +69,7 @@ class LinearizedAttention(nn.Module):
             attention_mask: not read; padding and documents come in `sequence_context`.
             past_key_values: a `LinearizedCache`, or None.
             sequence_context: padding and documents; none of either by default.
+            **kwargs: what the teacher's decoder passes besides; not read.
 
         Returns:
             [B, T, hidden], and None in the place of attention weights.

@@ -53,45 +53,72 @@ def sequence_context(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
+    past: int = 0,
 ) -> SequenceContext:
     """Read padding and documents from what transformers passes to a model.
+
+    A decode step (one token, with a cache) always goes on in its row's document: it is not searched for either.
 
     Args:
         batch: B.
         length: T, tokens of this call.
         attention_mask: [B, past + T], 0 on padding; None where there is none.
-        position_ids: [1 or B, T]; a document begins where they do not go on by one between two tokens.
+        position_ids: [1 or B, T]; a document begins where they do not go on from token to token (by one, or by the
+            padding between them), and behind a cache where they begin at 0.
         cu_seqlens: cumulative document lengths [N + 1] over the flattened tokens, as `cu_seq_lens_q`.
+        past: tokens in the cache, padding included.
 
     Raises:
         ValueError: the mask is not two-dimensional: mixers cannot serve arbitrary masks.
     """
     order, lengths = None, None
+    decodes = length == 1 and past > 0
     if attention_mask is not None:
         if attention_mask.dim() != 2:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; a linearized model takes a mask [batch, tokens] "
-                "that marks padding."
+                f"attention_mask has shape {tuple(attention_mask.shape)}; a linearized model takes a mask "
+                "[batch, tokens] that marks padding."
             )
         real = attention_mask[:, -length:].bool()
-        if length > 1 and (torch.compiler.is_compiling() or not bool(real.all())):
+        if not decodes and (torch.compiler.is_compiling() or not bool(real.all())):
             order = torch.argsort(~real, dim=1, stable=True)
             lengths = real.sum(1)
     context = SequenceContext(order, lengths)
     starts = None
     if cu_seqlens is not None:
-        first = torch.zeros(batch * length, dtype=torch.bool, device=cu_seqlens.device)
-        first = first.index_fill(0, cu_seqlens[:-1].long().clamp(max=batch * length - 1), True).view(batch, length)
-        starts = _document_starts(context.pack(first))
-    elif position_ids is not None and length > 1:
+        starts = _document_starts(context.pack(_first_tokens(cu_seqlens, batch, length)))
+    elif position_ids is not None and not decodes:
         positions = context.pack(position_ids.expand(batch, length))
-        first = torch.zeros_like(positions, dtype=torch.bool)
-        first[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        step = positions.diff(dim=1)
+        goes_on = step == 1 if order is None else (step == 1) | (step == order.diff(dim=1))
+        begins = positions[:, :1] == 0 if past else torch.zeros_like(positions[:, :1], dtype=torch.bool)
+        first = torch.cat([begins, ~goes_on], 1)
         if lengths is not None:
             first &= torch.arange(length, device=first.device) < lengths[:, None]
         if torch.compiler.is_compiling() or bool(first.any()):
             starts = _document_starts(first)
     return SequenceContext(order, lengths, starts)
+
+
+def default_positions(
+    batch: int, length: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: int = 0
+) -> Tensor | None:
+    """Return position_ids [B, T] where a caller gives none: padding does not count, and a document begins at 0.
+
+    Arguments are those of `sequence_context`. None means the row's own order, which is the decoder's default.
+    """
+    if cu_seqlens is not None:
+        places = torch.arange(length, device=cu_seqlens.device)
+        return places - _document_starts(_first_tokens(cu_seqlens, batch, length)).clamp(min=0)
+    if attention_mask is not None and attention_mask.shape[-1] == past + length:
+        return (attention_mask.bool().cumsum(1)[:, past:] - 1).clamp(min=0)
+    return None
+
+
+def _first_tokens(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """[B, T]: where a document begins, from cumulative lengths [N + 1] over the flattened tokens."""
+    first = torch.zeros(batch * length, dtype=torch.bool, device=cu_seqlens.device)
+    return first.index_fill(0, cu_seqlens[:-1].long().clamp(max=batch * length - 1), True).view(batch, length)
 
 
 def _document_starts(first: Tensor) -> Tensor:

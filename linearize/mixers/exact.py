@@ -127,9 +127,7 @@ class ExactAttention(nn.Module):
             for name in ("exact_k", "exact_v"):
                 cache[name] = F.pad(cache[name], (0, 0, 0, 0, 0, places))
 
-    def _remember(
-        self, k: Tensor, v: Tensor, context: SequenceContext, cache: Tensors, capacity: int | None
-    ) -> None:
+    def _remember(self, k: Tensor, v: Tensor, context: SequenceContext, cache: Tensors, capacity: int | None) -> None:
         """Write this call's tokens of the row's current document behind the cached ones."""
         batch, length = k.shape[:2]
         self._grow(cache, length, capacity)

@@ -86,7 +86,7 @@ class TokenMixer(nn.Module):
             rotated: the same after it.
             v: values [B, T, G, D].
             context: padding and documents of this call.
-            cache: this layer's cached tensors, read and then brought up to date in place; an empty dict on the first call.
+            cache: this layer's cached tensors, read, then brought up to date in place; an empty dict on the first call.
 
         Returns:
             [B, T, H, D], 0 on padding.
@@ -129,7 +129,6 @@ class TokenMixer(nn.Module):
         context: SequenceContext,
         cache: Tensors | None,
     ) -> Tensor:
-        batch, length = x.shape[:2]
         q, k = (context.pack(t) for t in rotated)
         v_packed = context.pack(v)
         seen = cache.get("length") if cache else None
@@ -187,7 +186,9 @@ class TokenMixer(nn.Module):
             past = torch.cat([early, past], 1)
         return past
 
-    def _delayed(self, stream: Tensors, context: SequenceContext, cache: Tensors | None) -> tuple[Tensors, Tensor | None]:
+    def _delayed(
+        self, stream: Tensors, context: SequenceContext, cache: Tensors | None
+    ) -> tuple[Tensors, Tensor | None]:
         """The stream W tokens late, without the sinks, which never leave the window."""
         length = stream["k"].shape[1]
         if self.sinks:

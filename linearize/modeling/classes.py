@@ -1,7 +1,8 @@
 """The saved model: a subclass of the teacher's own class whose parameters keep the teacher's names.
 
 One implementation serves every family. `config.linearize` says what was replaced:
-`{"mixer": the recipe's mixer, "layers": converted layers, "exact_heads": {layer: KV heads}, "model_type": the teacher's}`.
+`{"mixer": the recipe's mixer, "layers": converted layers, "exact_heads": {layer: KV heads}, "model_type": the
+teacher's}`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from linearize.cache import LinearizedCache
+from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
-from linearize.mixers.context import sequence_context
+from linearize.mixers.context import default_positions, sequence_context
 from linearize.registry import families
 
 STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_static", "offloaded_hybrid")
@@ -54,8 +56,17 @@ class LinearizedBase:
             use_cache = bool(self.config.use_cache) and not getattr(self, "gradient_checkpointing", False)
         if use_cache and past_key_values is None:
             past_key_values = LinearizedCache(self.config)
+        if past_key_values is not None and not isinstance(past_key_values, LinearizedCache):
+            raise LinearizeError(
+                f"A linearized model cannot write into a {type(past_key_values).__name__}; pass past_key_values=None, "
+                "or the cache that an earlier call returned."
+            )
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         batch, length = tokens.shape[:2]
-        context = sequence_context(batch, length, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
+        ends = kwargs.get("cu_seq_lens_q")
+        context = sequence_context(batch, length, attention_mask, position_ids, ends, past)
+        if position_ids is None:
+            position_ids = default_positions(batch, length, attention_mask, ends, past)
         if len(self.config.linearize["layers"]) == self.config.num_hidden_layers:
             # No softmax layer reads a mask, and a 4-D mask passes through mask creation untouched.
             attention_mask = tokens.new_zeros(1, 1, 1, 1)
@@ -94,7 +105,9 @@ class LinearizedLM:
             return
         kind = generation_config.cache_implementation
         if kind is not None and kind != "dynamic" and kind not in STATIC_CACHES:
-            raise ValueError(f"cache_implementation={kind!r} is not served by a linearized model; use 'dynamic' or 'static'.")
+            raise ValueError(
+                f"cache_implementation={kind!r} is not served by a linearized model; use 'dynamic' or 'static'."
+            )
         places = kwargs.get("max_cache_length", args[-1] if args else None)
         model_kwargs["past_key_values"] = LinearizedCache(self.config, places if kind in STATIC_CACHES else None)
 

@@ -33,7 +33,9 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
     found = {kind: _check_part(registry, mixer[kind], f"{where}.{kind}") for kind, registry in PARTS.items()}
     combine, window = found["combine"], mixer["window"]
     if combine.uses_window and window is None:
-        raise LinearizeError(f"`{where}.combine: {mixer['combine']['name']}` needs a window, but `{where}.window` is null.")
+        raise LinearizeError(
+            f"`{where}.combine: {mixer['combine']['name']}` needs a window, but `{where}.window` is null."
+        )
     if not combine.uses_window and window is not None:
         raise LinearizeError(
             f"`{where}.combine: {mixer['combine']['name']}` does not use a window; set `{where}.window: null`."
@@ -43,6 +45,15 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
         raise LinearizeError(
             f"`{where}.normalize` (or a shared denominator) needs features of at least 0, which "
             f"`{where}.feature_map: {mixer['feature_map']['name']}` does not give; use softmax or hedgehog."
+        )
+    if (
+        combine.uses_memory
+        and getattr(found["gate"], "per_channel", False)
+        and getattr(found["feature_map"], "widens", False)
+    ):
+        raise LinearizeError(
+            f"`{where}.gate: {mixer['gate']['name']}` decays each channel of the keys, and `{where}.feature_map: "
+            f"{mixer['feature_map']['name']}` has features that are no such channels; use another gate or map."
         )
     if not mixer["overlap"] and (not combine.uses_window or not combine.uses_memory):
         raise LinearizeError(f"`{where}.overlap: false` needs both a window and a memory.")

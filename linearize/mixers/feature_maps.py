@@ -2,7 +2,8 @@
 
 Legend: B batch, T tokens, J heads (query or KV), D head dim, F features. Every map is a module
 `map(x [..., J, D]) -> [..., J, F]`, built once for the queries and once for the keys. Its `feature_dim` is F, and
-`positive` says whether all features are at least 0, which a normalizer needs.
+`positive` says whether all features are at least 0, which a normalizer needs; `widens`, that the features are not the D
+channels themselves, so that no gate per channel fits.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class HedgehogMap(nn.Module):
     """
 
     positive = True
+    widens = True
 
     def __init__(self, heads: int, head_dim: int, *, dim: int = 64) -> None:
         super().__init__()

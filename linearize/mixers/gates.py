@@ -2,14 +2,14 @@
 
 Legend: B batch, T tokens, G KV heads, D head dim. Every gate is a module
 `gate(x [..., hidden], k [..., G, D]) -> None | [..., G] | [..., G, D]` in fp32, where x is the layer's input and k the
-teacher's keys before the rotary embedding.
+teacher's keys before the rotary embedding. A gate of the second shape, one decay per channel, sets `per_channel`.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
 from linearize.registry import gates
@@ -54,6 +54,8 @@ class KeyGate(Fp32Part):
         normalizer: divides the log-decay (the published code: 16).
         bias: starting value of a learned bias per channel; none by default, as published.
     """
+
+    per_channel = True
 
     def __init__(self, shape: HeadShape, *, normalizer: float = 16.0, bias: float | None = None) -> None:
         super().__init__()

@@ -33,8 +33,12 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
 
     check_gguf(path)
     try:
-        packed = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        packed, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:  # transformers and tokenizers raise many kinds, `Exception` itself among them
@@ -42,6 +46,8 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
             f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}. "
             "Give the model's safetensors folder or hub id instead."
         ) from error
+    if report["missing_keys"]:
+        raise LinearizeError(f"{path} lacks {len(report['missing_keys'])} of the model's tensors. Download it again.")
     config = copy.deepcopy(packed.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -90,6 +90,23 @@ def from_hub(repository: str, revision: str, license: str | None = None) -> File
     Raises:
         LinearizeError: the repository is missing, private, gated or holds no safetensors.
     """
+    folder = snapshot(repository, revision, WANTED)
+    if not any(folder.glob("*.safetensors")):
+        raise LinearizeError(
+            f"{repository}@{revision} has no safetensors weights, or only a part of it is cached; "
+            "pickled weights (.bin, .pt) are refused."
+        )
+    return Files(
+        folder, f"hub:{repository}@{revision}", folder.name, license or _stated_license(folder), fingerprints(folder)
+    )
+
+
+def snapshot(repository: str, revision: str, wanted: list[str]) -> Path:
+    """Return the local folder of some top-level files of a hub repository; its name is the commit.
+
+    Raises:
+        LinearizeError: the repository or the revision cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -100,7 +117,7 @@ def from_hub(repository: str, revision: str, license: str | None = None) -> File
     )
 
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
     except GatedRepoError:
         raise LinearizeError(
             f"{repository} is gated: accept its licence on its hub page, then log in with `hf auth login`."
@@ -113,15 +130,10 @@ def from_hub(repository: str, revision: str, license: str | None = None) -> File
     except RevisionNotFoundError:
         raise LinearizeError(f"{repository} on the hub has no revision {revision!r}.") from None
     except LocalEntryNotFoundError:
-        raise LinearizeError(f"{repository} is not cached and the hub cannot be reached from this machine.") from None
-    if not any(folder.glob("*.safetensors")):
         raise LinearizeError(
-            f"{repository}@{revision} has no safetensors weights, or only a part of it is cached; "
-            "pickled weights (.bin, .pt) are refused."
-        )
-    return Files(
-        folder, f"hub:{repository}@{revision}", folder.name, license or _stated_license(folder), fingerprints(folder)
-    )
+            f"{repository} is no local folder, is not cached, and the hub cannot be reached from this machine. "
+            "Connect once, or give a local folder."
+        ) from None
 
 
 def from_gguf(path: Path) -> Files:

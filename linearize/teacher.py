@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from linearize.aliases import alias_names, read_alias
 from linearize.errors import LinearizeError, UnknownNameError
-from linearize.fetch import Files, cached_alias, from_alias, from_folder, from_gguf, from_hub
+from linearize.fetch import Files, cached_alias, from_alias, from_folder, from_gguf, from_hub, snapshot
 from linearize.weights import check_folder, check_gguf
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def load_config(source: TeacherSource, trust_remote_code: bool = False) -> Pretr
         path = Path(source.location)
         check_gguf(path)
         return _read(AutoConfig, path.parent, str(path), gguf_file=path.name)
-    return _config(_hub_config(source), trust_remote_code, weights=False)
+    folder = snapshot(source.location, source.revision or "main", ["config.json", "*.py"])
+    return _config(folder, trust_remote_code, weights=False)
 
 
 def fetch(source: TeacherSource) -> Files:
@@ -201,20 +202,6 @@ def _config(folder: Path, trust_remote_code: bool, weights: bool = True) -> Pret
     config = _read(AutoConfig, folder, str(folder), trust_remote_code=trust_remote_code)
     check_causal(config, str(folder))
     return config
-
-
-def _hub_config(source: TeacherSource) -> Path:
-    """Return the folder of a hub repository's config.json, the only file that is downloaded."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    try:
-        path = hf_hub_download(source.location, "config.json", revision=source.revision)
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise LinearizeError(
-            f"{source.location} is no local folder, and its config cannot be had from the hub: {_one_line(error)}"
-        ) from None
-    return Path(path).parent
 
 
 def _read(auto: Any, folder: Path, where: str, **options: Any) -> Any:

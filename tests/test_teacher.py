@@ -229,7 +229,9 @@ def llama_permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: torch.nn.Module, quantization: gguf.GGMLQuantizationType) -> torch.nn.Module:
+def write_gguf(
+    path: Path, model: torch.nn.Module, quantization: gguf.GGMLQuantizationType, without: str = ""
+) -> torch.nn.Module:
     """Write a tiny Llama as GGUF; return it with the weights that the file really holds."""
     config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, "llama")
@@ -253,6 +255,8 @@ def write_gguf(path: Path, model: torch.nn.Module, quantization: gguf.GGMLQuanti
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     held = copy.deepcopy(model)
     for name, parameter in held.named_parameters():
+        if name == without:
+            continue
         stem = names.get_name(name, try_suffixes=(".weight",))
         data = parameter.detach().numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
@@ -306,6 +310,15 @@ def test_truncated_gguf(part: float, tiny_gguf: Path, cache: Path) -> None:
     content = tiny_gguf.read_bytes()
     tiny_gguf.write_bytes(content[: int(len(content) * part)])
     refuse(tiny_gguf, str(tiny_gguf))
+    assert not cache.exists()
+
+
+def test_gguf_without_a_tensor(make_teacher, tmp_path: Path, cache: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make_teacher())
+    absent = "model.layers.1.mlp.up_proj.weight"
+    write_gguf(tmp_path / "a.gguf", model, gguf.GGMLQuantizationType.F32, without=absent)
+    with pytest.raises(LinearizeError, match="lacks 1 of the model's tensors"):
+        load(tmp_path / "a.gguf")
     assert not cache.exists()
 
 

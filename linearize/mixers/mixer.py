@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linearize.errors import LinearizeError
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.parts import HeadShape
@@ -24,7 +26,10 @@ Tensors = dict[str, Tensor]
 
 def _build(registry: Any, part: dict[str, Any], *args: Any) -> Any:
     options = {key: value for key, value in part.items() if key != "name"}
-    return registry.get(part["name"])(*args, **options)
+    try:
+        return registry.get(part["name"])(*args, **options)
+    except ValueError as error:
+        raise LinearizeError(f"The {registry.kind} {part['name']!r} of the mixer: {error}") from error
 
 
 class TokenMixer(nn.Module):
@@ -91,10 +96,11 @@ class TokenMixer(nn.Module):
         Returns:
             [B, T, H, D], 0 on padding.
         """
-        if cache and x.shape[1] == 1:
-            out = self._step(x[:, 0], *(t[:, 0] for t in (*plain, *rotated, v)), cache)[:, None]
-        else:
-            out = self._sequence(x, plain, rotated, v, context, cache)
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round gates, weights and states to bf16
+            if cache and x.shape[1] == 1:
+                out = self._step(x[:, 0], *(t[:, 0] for t in (*plain, *rotated, v)), cache)[:, None]
+            else:
+                out = self._sequence(x, plain, rotated, v, context, cache)
         if self.output_gate is None:
             return out
         return out * self.output_gate(x).sigmoid().view_as(out)
@@ -116,7 +122,8 @@ class TokenMixer(nn.Module):
             if normalizer is not None and not self.combine.shares_denominator:
                 memory = memory / normalizer.clamp(min=1e-6)[..., None].to(memory.dtype)
             if self.norm is not None:
-                memory = self.norm(memory)
+                scale = self.norm.weight.float()
+                memory = F.rms_norm(memory.float(), scale.shape, scale, self.norm.eps).to(memory.dtype)
         mixed: Tensor = self.combine(window, memory, normalizer)
         return mixed
 

@@ -7,9 +7,12 @@ import inspect
 import typing
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from linearize.errors import LinearizeError, UnknownNameError
+from linearize.mixers.mixer import TokenMixer
+from linearize.mixers.parts import HeadShape
 from linearize.registry import Registry, combines, feature_maps, gates, memories
 
 PARTS: dict[str, Registry[type]] = {
@@ -21,14 +24,14 @@ PARTS: dict[str, Registry[type]] = {
 
 
 def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
-    """Check names, options and their types, and that the parts fit together.
+    """Check names, options, their types and values, and that the parts fit together.
 
     Args:
         mixer: the recipe's `mixer` as plain data.
         where: key to name in errors.
 
     Raises:
-        LinearizeError: a part does not exist, an option is unknown or of the wrong type, or parts do not fit.
+        LinearizeError: a part does not exist, an option is unknown or of a wrong type or value, or parts do not fit.
     """
     found = {kind: _check_part(registry, mixer[kind], f"{where}.{kind}") for kind, registry in PARTS.items()}
     combine, window = found["combine"], mixer["window"]
@@ -59,6 +62,8 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
         raise LinearizeError(f"`{where}.overlap: false` needs both a window and a memory.")
     if mixer["output_norm"] and not combine.uses_memory:
         raise LinearizeError(f"`{where}.output_norm` normalizes the memory's output, and this mixer has no memory.")
+    with torch.random.fork_rng(devices=[]):
+        TokenMixer(HeadShape(2, 1, 64, 64), mixer, 1.0)  # parts check the values of their options as they are built
 
 
 def _check_part(registry: Registry[type], part: dict[str, Any], where: str) -> Any:

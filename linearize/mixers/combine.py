@@ -109,7 +109,9 @@ class SharedSoftmax(Combine):
     def __init__(self, shape: HeadShape, *, factor: float = 0.1, memory: float | None = None) -> None:
         super().__init__()
         if not 0 < factor < 1:
-            raise ValueError(f"shared_softmax: factor must lie between 0 and 1, got {factor}.")
+            raise ValueError(f"`factor` must lie between 0 and 1, got {factor}.")
+        if memory is not None and memory <= 0:
+            raise ValueError(f"`memory` must lie above 0, got {memory}.")
         self.factor = fp32_parameter(shape.heads, value=math.log(factor / (1 - factor)))
         self.log_memory = None if memory is None else fp32_parameter(shape.heads, value=math.log(memory))
 

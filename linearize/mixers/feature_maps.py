@@ -70,6 +70,8 @@ class HedgehogMap(nn.Module):
 
     def __init__(self, heads: int, head_dim: int, *, dim: int = 64) -> None:
         super().__init__()
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
         self.feature_dim = 2 * dim
         self.weight = nn.Parameter(torch.eye(head_dim, dim).repeat(heads, 1, 1))
 

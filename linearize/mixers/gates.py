@@ -38,6 +38,8 @@ class FixedGate(Fp32Part):
     def __init__(self, shape: HeadShape, *, first: float = 5.0, last: float | None = None) -> None:
         super().__init__()
         end = first + shape.groups - 1 if last is None else last
+        if min(first, end) <= 0:
+            raise ValueError(f"exponents must lie above 0, got {first} to {end}.")
         exponents = torch.linspace(first, end, shape.groups, dtype=torch.float64)
         self.register_buffer("log_decay", torch.log1p(-torch.exp2(-exponents)).float())
 
@@ -59,7 +61,7 @@ class KeyGate(Fp32Part):
 
     def __init__(self, shape: HeadShape, *, normalizer: float = 16.0, bias: float | None = None) -> None:
         super().__init__()
-        self.normalizer = normalizer
+        self.normalizer = _positive(normalizer)
         self.bias = None if bias is None else fp32_parameter(shape.groups, shape.head_dim, value=bias)
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
@@ -78,9 +80,15 @@ class ScalarGate(Fp32Part):
 
     def __init__(self, shape: HeadShape, *, normalizer: float = 1.0, bias: float = 6.0) -> None:
         super().__init__()
-        self.normalizer = normalizer
+        self.normalizer = _positive(normalizer)
         self.weight = fp32_parameter(shape.groups, shape.hidden)
         self.bias = fp32_parameter(shape.groups, value=bias)
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
         return F.logsigmoid(F.linear(x.float(), self.weight, self.bias)) / self.normalizer
+
+
+def _positive(normalizer: float) -> float:
+    if normalizer <= 0:
+        raise ValueError(f"`normalizer` must lie above 0, got {normalizer}: a decay cannot grow the state.")
+    return normalizer

@@ -21,11 +21,12 @@ class Surgery:
     Attributes:
         model: the converted model; the same object that was given.
         teachers: the replaced attention modules, by layer; their weights are the converted model's own.
+        teacher_classes: what model, decoder and configuration were before.
     """
 
     model: Any
     teachers: dict[int, nn.Module]
-    _classes: tuple[type, type, type]
+    teacher_classes: tuple[type, type, type]
     _orders: dict[int, list[int]] = field(default_factory=dict)
 
     def undo(self) -> Any:
@@ -40,7 +41,7 @@ class Surgery:
                 back = sorted(range(len(order)), key=order.__getitem__)
                 family.permute(teacher, back, heads, head_dim)
             decoder.layers[index].self_attn = teacher
-        model.__class__, decoder.__class__, model.config.__class__ = self._classes
+        model.__class__, decoder.__class__, model.config.__class__ = self.teacher_classes
         del model.config.linearize
         return model
 
@@ -65,7 +66,8 @@ def convert(
         The surgery; `.model` is the converted model, `.undo()` reverts it.
 
     Raises:
-        LinearizeError: the model is of no known family or converted already, or heads do not exist.
+        LinearizeError: the model is of no known family or converted already, the mixer does not fit, or layers or
+            heads do not exist.
     """
     config = model.config
     if getattr(config, "linearize", None):
@@ -73,7 +75,11 @@ def convert(
     check_mixer(mixer)
     family = families.get(config.model_type)
     decoder = model.get_decoder()
-    chosen = list(range(config.num_hidden_layers)) if layers is None else sorted(layers)
+    count = config.num_hidden_layers
+    chosen = list(range(count)) if layers is None else sorted(set(layers))
+    for layer in chosen:
+        if not 0 <= layer < count:
+            raise LinearizeError(f"`layers` names layer {layer}; the model has layers 0 to {count - 1}.")
     exact: dict[int, list[int]] = {}
     for layer, head in exact_heads or []:
         if layer not in chosen:
@@ -84,12 +90,6 @@ def convert(
             )
         exact.setdefault(layer, []).append(head)
     before = (type(model), type(decoder), type(config))
-    orders = {}
-    for layer, kept in exact.items():
-        attention = decoder.layers[layer].self_attn
-        heads, groups, head_dim = family.heads(attention, config)
-        orders[layer] = sorted(set(kept)) + [g for g in range(groups) if g not in kept]
-        family.permute(attention, orders[layer], heads, head_dim)
     model_type = config.model_type
     made = classes_for(model_type)
     config.__class__ = made.config
@@ -99,6 +99,16 @@ def convert(
         "layers": chosen,
         "exact_heads": {str(layer): sorted(set(kept)) for layer, kept in exact.items()},
     }
+    try:
+        teachers = replace_attention(model, config)
+    except Exception:  # the model is still the teacher; only its configuration is not
+        config.__class__ = before[2]
+        del config.linearize
+        raise
     model.__class__ = made.lm
-    teachers = replace_attention(model, config)
+    orders = {}
+    for layer, kept in exact.items():
+        heads, groups, head_dim = family.heads(teachers[layer], config)
+        orders[layer] = sorted(set(kept)) + [g for g in range(groups) if g not in kept]
+        family.permute(teachers[layer], orders[layer], heads, head_dim)
     return Surgery(model, teachers, before, orders)

@@ -36,6 +36,8 @@ class SeparateProjections:
         if hasattr(attention, "sliding_window"):
             window: int | None = attention.sliding_window  # type: ignore[assignment]
             return window
+        if not hasattr(type(config), "sliding_window"):  # a stray entry that this family's attention does not read
+            return None
         return getattr(config, "sliding_window", None)
 
     @staticmethod

@@ -130,8 +130,7 @@ def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
     settings = config.linearize
     family = families.get(settings["model_type"])
     decoder = model.get_decoder()
-    decoder.__class__ = classes_for(settings["model_type"]).base
-    replaced = {}
+    replaced, replacements = {}, {}
     for index in settings["layers"]:
         layer = decoder.layers[index]
         exact = len(settings["exact_heads"].get(str(index), ()))
@@ -140,7 +139,10 @@ def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
         new = LinearizedAttention(layer.self_attn, family, config, index, settings["mixer"], exact)
         if new.mixer is not None and like.device.type != "meta":
             new.mixer.to(device=like.device, dtype=like.dtype)
-        layer.self_attn = new.train(layer.training)
+        replacements[index] = new.train(layer.training)
+    for index, new in replacements.items():
+        decoder.layers[index].self_attn = new
+    decoder.__class__ = classes_for(settings["model_type"]).base
     return replaced
 
 

@@ -1,0 +1,206 @@
+"""The contract of every family: reading a teacher's attention, replacing it and putting it back."""
+
+import copy
+
+import pytest
+import torch
+
+import linearize.modeling
+from linearize.errors import LinearizeError
+from linearize.mixers.attention import LinearizedAttention
+from linearize.registry import families
+from linearize.surgery import convert
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS = {
+    "plain": {},
+    "decoupled head dim": {"head_dim": 80},
+    "multi-head": {"heads": (6, 6)},
+    "one KV head": {"heads": (6, 1)},
+    "biases": {"attention_bias": True},
+    "llama3 rotary": {"rope_parameters": LLAMA3_ROPE},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "sliding window": {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
+    "eager": {"attn_implementation": "eager"},
+}
+
+
+def builds(family, changes):
+    """Whether the family's configuration has these settings: what it lacks cannot be a variant of it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = CONFIG_MAPPING[family]().to_dict()
+    needed = [key for key in changes if key in ("attention_bias", "sliding_window", "rope_parameters")]
+    return all(key in known for key in needed)
+
+
+CASES = [
+    pytest.param(family, changes, id=f"{family}-{name}")
+    for family in families.names()
+    for name, changes in VARIANTS.items()
+    if builds(family, changes)
+]
+IDS = torch.randint(1, 61, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def teacher(random_teacher):
+    def make(family, changes):
+        changes = dict(changes)
+        implementation = changes.pop("attn_implementation", None)
+        if not hasattr(linearize.modeling.classes_for(family).config(), "max_window_layers"):
+            changes = {k: v for k, v in changes.items() if k not in ("use_sliding_window", "max_window_layers")}
+        model = random_teacher(family, **changes)
+        if implementation:
+            model.set_attn_implementation(implementation)
+        return model
+
+    return make
+
+
+def logits(model, ids=IDS, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize("exact", [[], [(0, 0), (1, -1)]], ids=["", "exact heads"])
+def test_undo_restores_the_teacher_to_the_bit(teacher, make_mixer, family, changes, exact):
+    model = teacher(family, changes)
+    last = model.config.num_key_value_heads - 1
+    before, weights, classes = logits(model), copy.deepcopy(model.state_dict()), (type(model), type(model.config))
+    config = model.config.to_dict()
+    mixer = make_mixer(feature_map="softmax", gate="key", window={"size": 4, "sinks": 1}, combine="average")
+    surgery = convert(model, mixer, exact_heads=[(layer, head % (last + 1)) for layer, head in exact])
+    assert all(isinstance(layer.self_attn, LinearizedAttention) for layer in model.model.layers)
+    if exact and last == 0:  # the layers' only KV head stays exact
+        torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    else:
+        assert not torch.allclose(logits(model), before, atol=1e-3)
+    assert surgery.undo() is model
+    assert (type(model), type(model.config)) == classes
+    assert model.config.to_dict() == config
+    assert list(model.state_dict()) == list(weights)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_a_window_as_long_as_the_input_gives_the_teachers_logits(teacher, make_mixer, family, changes):
+    model = teacher(family, changes)
+    before = logits(model)
+    convert(model, make_mixer(combine="window_only", window={"size": IDS.shape[1]}))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_exact_heads_give_the_teachers_logits_in_prefill_and_decode(teacher, make_mixer, family, changes):
+    model = teacher(family, changes)
+    before = logits(model)
+    groups = model.config.num_key_value_heads
+    convert(
+        model, make_mixer(combine="average"), exact_heads=[(i, g) for i in range(2) for g in reversed(range(groups))]
+    )
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    cache, outputs = None, []
+    for piece in IDS.split([7, 8, *[1] * 9], dim=1):
+        with torch.no_grad():
+            out = model(piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        outputs.append(out.logits)
+    torch.testing.assert_close(torch.cat(outputs, 1), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_one_converted_layer_beside_a_softmax_layer(teacher, make_mixer, family):
+    """A layer that keeps softmax and one that does not share one cache, one mask and one batch with padding."""
+    model = teacher(family, {})
+    convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), layers=[1])
+    mask = torch.ones_like(IDS)
+    mask[1, :6] = 0
+    alone = logits(model, IDS[1:, 6:], use_cache=False)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    full = logits(model, attention_mask=mask, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(full[1:, 6:], alone, rtol=0, atol=1e-4)
+    cache, outputs = None, []
+    for begin, end in [(0, 9), *((t, t + 1) for t in range(9, 24))]:
+        with torch.no_grad():
+            out = model(
+                IDS[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = out.past_key_values
+        outputs.append(out.logits)
+    decoded = torch.cat(outputs, 1)
+    torch.testing.assert_close(decoded[0], full[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(decoded[1, 6:], full[1, 6:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_packed_documents_stay_apart_in_a_model_with_a_softmax_layer(teacher, make_mixer, family):
+    model = teacher(family, {})
+    convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), layers=[0])
+    alone = torch.cat([logits(model, part, use_cache=False) for part in IDS[:1].split([10, 14], 1)], 1)
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    packed = logits(model, IDS[:1], position_ids=positions, use_cache=False)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-4)
+    ends = torch.tensor([0, 10, 24], dtype=torch.int32)
+    packed = logits(model, IDS[:1], cu_seq_lens_q=ends, use_cache=False)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-4)
+
+
+def test_a_window_in_the_configuration_of_a_family_without_one_is_not_read(random_teacher, make_mixer):
+    """Llama's attention ignores a stray `sliding_window`, so its student does."""
+    model = random_teacher("llama", sliding_window=4)
+    before = logits(model)
+    convert(model, make_mixer(combine="window_only", window={"size": 24}))
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+MISTAKES = {
+    "a layer that does not exist": ({"layers": [0, 2]}, "layer 2"),
+    "a negative layer": ({"layers": [-1]}, "layer -1"),
+    "an exact head of a layer that is not converted": ({"layers": [0], "exact_heads": [(1, 0)]}, "layer 1"),
+    "an exact head that does not exist": ({"exact_heads": [(0, 2)]}, "KV head 2"),
+    "an unknown part": ({"gate": {"name": "kee"}}, "'key'"),
+    "an option out of its range": ({"combine": {"name": "shared_softmax", "factor": 2.0}, "normalize": True}, "factor"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_explained_and_leaves_the_teacher_as_it_was(random_teacher, make_mixer, mistake):
+    model = random_teacher()
+    changes, words = MISTAKES[mistake]
+    surgery = {key: value for key, value in changes.items() if key in ("layers", "exact_heads")}
+    mixer = {**make_mixer(feature_map="softmax"), **{k: v for k, v in changes.items() if k not in surgery}}
+    before, kind = logits(model), type(model)
+    with pytest.raises(LinearizeError, match=words):
+        convert(model, mixer, **{"exact_heads": [(0, 1)], **surgery})
+    assert type(model) is kind
+    assert not hasattr(model.config, "linearize")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_converted_model_is_not_converted_again(random_teacher, make_mixer):
+    model = random_teacher()
+    convert(model, make_mixer())
+    with pytest.raises(LinearizeError, match="already"):
+        convert(model, make_mixer())
+
+
+def test_a_family_that_is_not_registered_is_named(random_teacher, make_mixer):
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11))
+    with pytest.raises(LinearizeError, match="gpt2"):
+        convert(model, make_mixer())

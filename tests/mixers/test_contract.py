@@ -1,0 +1,549 @@
+"""The contract of every mixer (the eight rules of CONTRIBUTING.md), for each recipe's and for random combinations.
+
+Legend: T tokens, H query heads, G KV heads, D head dim, M memory heads, W window, S sinks.
+"""
+
+import inspect
+import itertools
+import os
+import random
+import subprocess
+import sys
+import typing
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from linearize.errors import LinearizeError
+from linearize.mixers import check_mixer
+from linearize.mixers.check import PARTS
+from linearize.mixers.context import SequenceContext, sequence_context
+from linearize.mixers.mixer import TokenMixer
+from linearize.mixers.parts import Fp32Part, HeadShape
+from linearize.modeling.export import save_checkpoint
+from linearize.recipe import Mixer, Recipe, recipe_names
+from linearize.surgery import convert
+
+HEADS = [(9, 3), (8, 8), (14, 2), (12, 1)]
+SHAPES = [(heads, dim) for dim in (64, 80) for heads in HEADS]
+ATOL = 1e-4
+VOCABULARY = 61
+
+
+def recipe_mixers():
+    """Every mixer that a packaged recipe uses, as written and with a short window that inputs leave behind."""
+    found = {}
+    for name in recipe_names():
+        mixer = Recipe.from_yaml(name).mixer
+        if mixer is None:
+            continue
+        found[name] = mixer.model_dump()
+        if mixer.window is not None:
+            found[f"{name}, short window"] = {**found[name], "window": {**found[name]["window"], "size": 7}}
+    return found
+
+
+RECIPES = recipe_mixers()
+_RANDOM = random.Random(0)
+RECIPE_CASES = [
+    pytest.param(mixer, heads, _RANDOM.choice((64, 80)), id=f"{name}-{heads[0]}q{heads[1]}kv")
+    for (name, mixer), count in zip(RECIPES.items(), itertools.count())
+    for heads in (HEADS if "short" not in name else [HEADS[count % 4]])
+]
+
+
+@st.composite
+def parts(draw, kind):
+    """A registered part; each of its options at its default, at half of it, or on where it is off by default."""
+    name = draw(st.sampled_from(PARTS[kind].names()))
+    found = PARTS[kind].get(name)
+    hints = typing.get_type_hints(found.__init__)
+    part = {"name": name}
+    for option in inspect.signature(found).parameters.values():
+        if option.kind is not option.KEYWORD_ONLY or not draw(st.booleans()):
+            continue
+        if option.default is None:
+            part[option.name] = 0.5
+        elif hints[option.name] is bool:
+            part[option.name] = not option.default
+        else:
+            part[option.name] = type(option.default)(
+                option.default / 2 if hints[option.name] is float else option.default // 2
+            )
+    return part
+
+
+@st.composite
+def mixers(draw):
+    fields = {kind: draw(parts(kind)) for kind in PARTS}
+    sizes = st.fixed_dictionaries({"size": st.integers(1, 12), "sinks": st.integers(0, 5)})
+    fields["window"] = draw(sizes) if PARTS["combine"].get(fields["combine"]["name"]).uses_window else None
+    for switch in ("rotary", "normalize", "overlap", "output_norm", "output_gate"):
+        fields[switch] = draw(st.booleans())
+    fields["k_map_heads"] = draw(st.sampled_from(("kv", "query")))
+    return Mixer.model_validate(fields).model_dump()
+
+
+def is_valid(mixer):
+    try:
+        check_mixer(mixer)
+    except LinearizeError:
+        return False
+    return True
+
+
+def random_mixers(examples):
+    """Run a test on `examples` valid combinations and shapes; the same ones every time."""
+
+    def decorate(test):
+        limits = settings(
+            max_examples=examples,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        return limits(given(mixer=mixers().filter(is_valid), shape=st.sampled_from(SHAPES))(test))
+
+    return decorate
+
+
+def perturb(module, seed=1):
+    """Move a mixer's parameters away from their starts, so that a part that is still neutral cannot hide an error."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def converted(random_teacher):
+    def make(mixer, heads, head_dim, exact_heads=None):
+        model = random_teacher("llama", heads, head_dim)
+        convert(model, mixer, exact_heads=exact_heads)
+        for layer in model.model.layers:
+            if layer.self_attn.mixer is not None:
+                perturb(layer.self_attn.mixer)
+        return model
+
+    return make
+
+
+def tokens(rows, length, seed=3):
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def chunked(model, ids, sizes, **streams):
+    """Logits of a prefill in chunks of `sizes` and one-token steps for the rest.
+
+    `streams` are cut like the ids, but an attention mask always covers everything before too.
+    """
+    cache, outputs, begin = None, [], 0
+    for size in itertools.chain(sizes, itertools.repeat(1)):
+        end = begin + size
+        if begin == ids.shape[1]:
+            break
+        cut = {name: t[:, :end] if name == "attention_mask" else t[:, begin:end] for name, t in streams.items()}
+        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True, **cut)
+        cache = out.past_key_values
+        outputs.append(out.logits)
+        begin = end
+    return torch.cat(outputs, 1)
+
+
+def assert_close(actual, expected, what):
+    error = (actual - expected).abs().max().item()
+    assert error < ATOL, f"{what}: off by {error:.2e}"
+
+
+def check_padding_and_decode(model, length):
+    """Rules 2 and 3: a batch of plain, left-, right- and inner-padded rows equals its rows alone, in every form."""
+    prompt = length - 12  # the last 12 tokens are decoded
+    mask = torch.ones(4, length, dtype=torch.long)
+    mask[1, :9] = 0
+    mask[2, prompt - 5 : prompt] = 0
+    mask[3, 13:19] = 0
+    ids = tokens(4, length)
+    with torch.no_grad():
+        alone = [model(ids[row][mask[row] == 1][None], use_cache=False).logits[0] for row in range(4)]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    forms = {
+        "full forward": lambda: model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits,
+        "full forward without position_ids": lambda: model(ids, attention_mask=mask, use_cache=False).logits,
+        "prefill at once, then decode": lambda: chunked(
+            model, ids, [prompt], attention_mask=mask, position_ids=positions
+        ),
+        "prefill in chunks, then decode": lambda: chunked(
+            model, ids, [3, 14, prompt - 17], attention_mask=mask.bool(), position_ids=positions
+        ),
+        "the same without position_ids": lambda: chunked(model, ids, [3, prompt - 3], attention_mask=mask),
+    }
+    for name, run in forms.items():
+        with torch.no_grad():
+            got = run()
+        for row, kind in enumerate(("plain", "left-padded", "right-padded", "inner-padded")):
+            assert_close(got[row][mask[row] == 1], alone[row], f"{name}, {kind} row")
+
+
+def check_packing(model, length):
+    """Rule 4: documents that share a row give the logits that each gives alone, in every form."""
+    ids = tokens(2, length, seed=4)
+    documents = [(length // 3, length - length // 3), (1, 10, length - 11)]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in documents])
+    with torch.no_grad():
+        alone = torch.stack(
+            [
+                torch.cat([model(part[None], use_cache=False).logits[0] for part in ids[row].split(documents[row])])
+                for row in range(2)
+            ]
+        )
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        assert_close(packed, alone, "position_ids that restart")
+        ends = torch.tensor([0, *itertools.accumulate(documents[0] + documents[1])], dtype=torch.int32)
+        flat = model(ids.view(1, -1), cu_seq_lens_q=ends, use_cache=False).logits.view_as(alone)
+        assert_close(flat, alone, "cu_seq_lens_q")
+    prompt = length - 9
+    got = chunked(model, ids, [5, length // 3 - 5, prompt - length // 3], position_ids=positions)
+    assert_close(got, alone, "packed prefill in chunks, one beginning with a document, then decode")
+    mask = torch.cat([torch.zeros(2, 4, dtype=torch.long), torch.ones_like(ids)], 1)
+    padded = (F.pad(ids, (4, 0)), F.pad(positions, (4, 0)))
+    with torch.no_grad():
+        got = model(padded[0], attention_mask=mask, position_ids=padded[1], use_cache=False).logits[:, 4:]
+    assert_close(got, alone, "packed and left-padded")
+
+
+def check_causal(model, length):
+    """Rule 5: changing a token changes no logits before it."""
+    ids = tokens(1, length, seed=5)
+    for place in (1, length // 2, length - 1):
+        other = ids.clone()
+        other[0, place] = (other[0, place] + 1) % VOCABULARY
+        with torch.no_grad():
+            before, after = (model(i, use_cache=False).logits[0] for i in (ids, other))
+        torch.testing.assert_close(after[:place], before[:place], rtol=0, atol=1e-5)
+        assert not torch.allclose(after[place], before[place], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mixer", "heads", "head_dim"), RECIPE_CASES)
+def test_recipe_mixer_keeps_padding_packing_decode_and_causality(converted, mixer, heads, head_dim):
+    model = converted(mixer, heads, head_dim)
+    check_padding_and_decode(model, 80)
+    check_packing(model, 80)
+    check_causal(model, 80)
+
+
+@random_mixers(20)
+def test_random_mixer_keeps_padding_packing_decode_and_causality(converted, mixer, shape):
+    model = converted(mixer, *shape)
+    check_padding_and_decode(model, 45)
+    check_packing(model, 36)
+    check_causal(model, 30)
+
+
+@pytest.mark.parametrize("exact", ["some", "all"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_exact_heads_share_a_layer_with_the_recipe_mixer(converted, name, exact):
+    heads, head_dim = HEADS[list(RECIPES).index(name) % 3], 16
+    groups = heads[1]
+    chosen = (
+        [(0, groups - 1), *((1, g) for g in range(groups))]
+        if exact == "some"
+        else list(itertools.product(range(2), range(groups)))
+    )
+    model = converted(RECIPES[name], heads, head_dim, chosen)
+    check_padding_and_decode(model, 40)
+    check_packing(model, 30)
+    check_causal(model, 20)
+
+
+def test_a_model_of_exact_heads_alone_is_the_teacher(random_teacher, converted):
+    ids = tokens(2, 30)
+    exact = list(itertools.product(range(2), range(3)))
+    with torch.no_grad():
+        teacher = random_teacher("llama", (9, 3), 16)(ids).logits
+        student = converted(RECIPES["liger"], (9, 3), 16, exact)(ids).logits
+    torch.testing.assert_close(student, teacher, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), SHAPES)
+def test_exact_start_of_a_window_as_long_as_the_input(random_teacher, make_mixer, heads, head_dim):
+    """Rule 1."""
+    teacher, ids = random_teacher("llama", heads, head_dim), tokens(2, 40)
+    with torch.no_grad():
+        expected = teacher(ids).logits
+        convert(teacher, make_mixer(combine="window_only", window={"size": 40}))
+        torch.testing.assert_close(teacher(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+# The naive recurrence: formulas from the parts' papers and docstrings, in fp64, one token at a time.
+FEATURES = {
+    "identity": lambda x, p: x,
+    "softmax": lambda x, p: x.softmax(-1),
+    "l2norm": lambda x, p: x / (x * x).sum(-1, keepdim=True).sqrt(),
+    "hedgehog": lambda x, p: torch.cat(
+        [(s * torch.stack([x[:, j] @ p["weight"][j] for j in range(x.shape[1])], 1)).softmax(-1) for s in (1, -1)], -1
+    ),
+}
+
+
+def _fixed(x, k, p, first=5.0, last=None):
+    count = k.shape[1]
+    last = first + count - 1 if last is None else last
+    exponents = [first + (last - first) * j / max(count - 1, 1) for j in range(count)]
+    return torch.tensor([1 - 2**-e for e in exponents]).double().log()[None, :, None].expand(*k.shape[:2], 1)
+
+
+GATES = {
+    "none": lambda x, k, p: torch.zeros_like(k[..., :1]),
+    "fixed": _fixed,
+    "key": lambda x, k, p, normalizer=16.0, bias=None: F.logsigmoid(k + p.get("bias", 0.0)) / normalizer,
+    "scalar": lambda x, k, p, normalizer=1.0, bias=6.0: (F.logsigmoid(x @ p["weight"].T + p["bias"]) / normalizer)[
+        ..., None
+    ],
+}
+
+
+def _shared(scores, values, memory, weight, p, factor=0.1, memory_factor=None):
+    mass = p["factor"].sigmoid()[:, None] * (scores - scores.amax(-1, keepdim=True)).exp()
+    scale = p["log_memory"].exp() if "log_memory" in p else torch.ones(len(memory)).double()
+    above = (mass[..., None] * values).sum(1) + scale[:, None] * memory
+    return above / (mass.sum(-1) + scale * weight)[:, None]
+
+
+def _softmax(scores, values):
+    return (scores.softmax(-1)[..., None] * values).sum(1)
+
+
+COMBINES = {
+    "window_only": lambda scores, values, memory, weight, p: _softmax(scores, values),
+    "memory_only": lambda scores, values, memory, weight, p: memory,
+    "average": lambda scores, values, m, weight, p, memory=0.5: (1 - memory) * _softmax(scores, values) + memory * m,
+    "learned": lambda scores, values, m, weight, p, **_: (
+        p["window"][:, None] * _softmax(scores, values) + p["memory"][:, None] * m
+    ),
+    "shared_softmax": lambda scores, values, m, weight, p, **_: _shared(scores, values, m, weight, p),
+}
+
+
+def options(part):
+    return {key: value for key, value in part.items() if key != "name"}
+
+
+def naive(mixer, spec, scaling, x, plain, rotated, v):
+    """One document: x [T, hidden], plain and rotated (q [T, H, D], k [T, G, D]), v [T, G, D], all fp64."""
+    named = {name: p.detach().double() for name, p in mixer.named_parameters()}
+
+    def of(part):
+        return {name.removeprefix(f"{part}."): p for name, p in named.items() if name.startswith(f"{part}.")}
+
+    (length, heads), groups = plain[0].shape[:2], v.shape[1]
+    size, sinks = (spec["window"]["size"], spec["window"]["sinks"]) if spec["window"] else (0, 0)
+    delay = 0 if spec["overlap"] else size
+    has_memory = spec["combine"]["name"] != "window_only"
+    repeat = heads // groups if spec["k_map_heads"] == "query" else 1
+    k_gate, k, values = (
+        t.repeat_interleave(repeat, 1) for t in (plain[1], (rotated if spec["rotary"] else plain)[1], v)
+    )
+    owners = [h * groups * repeat // heads for h in range(heads)]  # the memory head that each query head reads
+    if has_memory:
+        phi = FEATURES[spec["feature_map"]["name"]]
+        phi_q, phi_k = phi((rotated if spec["rotary"] else plain)[0], of("q_map")), phi(k, of("k_map"))
+        keep = GATES[spec["gate"]["name"]](x, k_gate, of("gate"), **options(spec["gate"])).exp()
+        state = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
+        norm = torch.zeros(groups * repeat, phi_k.shape[-1]).double()
+        scale = spec["memory"].get("scale", 1.0)
+    outputs = []
+    for t in range(length):
+        memory = weight = scores = seen = None
+        if has_memory:
+            s = t - delay
+            if s >= 0 and (not delay or s >= sinks):
+                state = keep[s][..., None] * state + phi_k[s][..., None] * values[s][:, None]
+                norm = keep[s] * norm + phi_k[s]
+            memory = scale * torch.einsum("hk,hkv->hv", phi_q[t], state[owners])
+            weight = scale * (phi_q[t] * norm[owners]).sum(-1)
+            if spec["normalize"] and spec["combine"]["name"] != "shared_softmax":
+                memory = memory / weight.clamp(min=1e-6)[:, None]
+            if spec["output_norm"]:
+                memory = memory * (memory.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * named["norm.weight"]
+        if size:
+            visible = [j for j in range(t + 1) if j < sinks or t - j < size]
+            window_k, window_v = (u[visible].repeat_interleave(heads // groups, 1) for u in (rotated[1], v))
+            scores = scaling * torch.einsum("hd,jhd->hj", rotated[0][t], window_k)
+            seen = window_v.transpose(0, 1)
+        outputs.append(
+            COMBINES[spec["combine"]["name"]](scores, seen, memory, weight, of("combine"), **options(spec["combine"]))
+        )
+    out = torch.stack(outputs)
+    if spec["output_gate"]:
+        out = out * (x @ named["output_gate.weight"].T + named["output_gate.bias"]).sigmoid().view_as(out)
+    return out
+
+
+def check_naive(spec, heads, head_dim, documents):
+    """Rule 2: the mixer's full form, and its cached chunks and steps, against the recurrence."""
+    torch.manual_seed(0)
+    groups, hidden, length = heads[1], 24, sum(documents)
+    mixer = TokenMixer(HeadShape(*heads, head_dim, hidden), spec, head_dim**-0.5)
+    perturb(mixer)
+    x = torch.randn(1, length, hidden)
+    q, q_rotated = torch.randn(2, 1, length, heads[0], head_dim)
+    k, k_rotated, v = torch.randn(3, 1, length, groups, head_dim)
+    sides = (x, (q, k), (q_rotated, k_rotated), v)
+
+    def cut(begin, end):
+        return (
+            x[:, begin:end],
+            (q[:, begin:end], k[:, begin:end]),
+            (q_rotated[:, begin:end], k_rotated[:, begin:end]),
+            v[:, begin:end],
+        )
+
+    ends = [0, *itertools.accumulate(documents)]
+    expected = []
+    for begin, end in itertools.pairwise(ends):
+        one = cut(begin, end)
+        expected.append(
+            naive(
+                mixer, spec, head_dim**-0.5, one[0][0].double(), *(tuple(t[0].double() for t in p) for p in one[1:3]),
+                one[3][0].double(),
+            )
+        )  # fmt: skip
+    expected = torch.cat(expected)
+    positions = torch.cat([torch.arange(n) for n in documents])[None]
+    with torch.no_grad():
+        full = mixer(*sides, sequence_context(1, length, None, positions, None))
+        assert_close(full[0].double(), expected, "full form")
+        cache, outputs, last = {}, [], ends[-2]
+        for begin, end in [(0, last + 3), (last + 3, last + 8), *((t, t + 1) for t in range(last + 8, length))]:
+            context = sequence_context(1, end - begin, None, positions[:, begin:end], None)
+            outputs.append(mixer(*cut(begin, end), context, cache))
+    assert_close(torch.cat(outputs, 1)[0].double(), expected, "chunks and steps")
+
+
+@pytest.mark.parametrize(("mixer", "heads", "head_dim"), RECIPE_CASES)
+def test_recipe_mixer_is_its_recurrence(mixer, heads, head_dim):
+    check_naive(mixer, heads, head_dim, (23, 80))
+
+
+@random_mixers(30)
+def test_random_mixer_is_its_recurrence(mixer, shape):
+    if all(
+        mixer[kind]["name"] in known
+        for kind, known in (
+            ("feature_map", FEATURES),
+            ("gate", GATES),
+            ("combine", COMBINES),
+            ("memory", ("additive",)),
+        )
+    ):
+        check_naive(mixer, *shape, (9, 37))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_memory_lives_on_kv_heads(name, heads):
+    """Rule 6."""
+    spec, head_dim = RECIPES[name], 16
+    mixer = TokenMixer(HeadShape(*heads, head_dim, 8), spec, 1.0)
+    cache = {}
+    x, q, k = torch.randn(1, 9, 8), torch.randn(1, 9, heads[0], head_dim), torch.randn(1, 9, heads[1], head_dim)
+    with torch.no_grad():
+        mixer(x, (q, k), (q, k), k, SequenceContext(), cache)
+    memory_heads = heads[0] if spec["k_map_heads"] == "query" else heads[1]
+    for key, tensor in cache.items():
+        if key.startswith(("state", "norm")):
+            assert tensor.shape[1] == memory_heads
+        elif key.startswith(("window", "sink")):
+            assert tensor.shape[2:] == (heads[1], head_dim)
+
+
+def fp32_tensors(model):
+    """What lies in a mixer's fp32 parts: their parameters and buffers by name."""
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, part in model.named_modules()
+        if isinstance(part, Fp32Part)
+        for name, tensor in itertools.chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+    }
+
+
+@random_mixers(12)
+def test_decays_and_states_stay_fp32_in_a_bfloat16_model(converted, mixer, shape):
+    """Rule 7."""
+    model = converted(mixer, *shape)
+    before = {name: tensor.clone() for name, tensor in fp32_tensors(model).items()}
+    model.to(torch.bfloat16)
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
+    after = fp32_tensors(model)
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == torch.float32 for name in before)
+    with torch.no_grad():
+        out = model(tokens(1, 12), use_cache=True)
+        model(tokens(1, 1), past_key_values=out.past_key_values)
+    for layer, cached in zip(model.model.layers, out.past_key_values.layers, strict=True):
+        memory = layer.self_attn.mixer.memory
+        for name in memory.state_names if memory is not None else ():
+            assert cached.tensors[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_state_is_computed_in_fp32_under_autocast(name):
+    """Rule 7, as training runs: bf16 projections, but the recurrence itself is not rounded to bf16."""
+    spec = RECIPES[name]
+    mixer = TokenMixer(HeadShape(4, 2, 16, 8), spec, 0.25)
+    perturb(mixer)
+    torch.manual_seed(0)
+    x, q, k, v = torch.randn(1, 50, 8), torch.randn(1, 50, 4, 16), *torch.randn(2, 1, 50, 2, 16)
+    plain, cast = {}, {}
+    with torch.no_grad():
+        expected = mixer(x, (q, k), (q, k), v, SequenceContext(), plain)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = mixer(x, (q, k), (q, k), v, SequenceContext(), cast)
+    torch.testing.assert_close(got, expected)
+    for key in plain:
+        torch.testing.assert_close(cast[key], plain[key], msg=lambda text, key=key: f"{key}: {text}")
+
+
+LOAD = """
+import sys, torch
+import linearize.modeling
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    given = torch.load(folder + "/test.pt")
+    with torch.no_grad():
+        given["logits"] = model(given["ids"]).logits
+        given["decoded"] = model.generate(given["ids"][:, :9], max_new_tokens=5, do_sample=False)
+    torch.save(given, folder + "/test.pt")
+"""
+
+
+def test_round_trip_through_a_fresh_process_is_bit_equal(converted, tmp_path):
+    """Rule 8, for each recipe's mixer, with an exact head and without."""
+    expected = {}
+    for index, (name, mixer) in enumerate(RECIPES.items()):
+        model = converted(mixer, HEADS[index % 3], 16, [(1, 1)] if index % 2 else None)
+        ids, folder = tokens(2, 30), tmp_path / str(index)
+        save_checkpoint(model, None, folder)
+        with torch.no_grad():
+            expected[name] = (
+                folder,
+                model(ids).logits,
+                model.generate(ids[:, :9], max_new_tokens=5, do_sample=False),
+            )
+        torch.save({"ids": ids}, folder / "test.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *(str(folder) for folder, *_ in expected.values())],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, (folder, logits, decoded) in expected.items():
+        got = torch.load(folder / "test.pt")
+        assert torch.equal(got["logits"], logits), name
+        assert torch.equal(got["decoded"], decoded), name

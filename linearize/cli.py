@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -71,15 +72,21 @@ def _with_command(given: list[str]) -> list[str]:
     return given
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from linearize import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Options before any command."""
 
 
 @app.command()
@@ -289,7 +296,7 @@ def _tokens(text: str | None) -> int | None:
         count = float(number) * unit
     except ValueError:
         count = 0.0
-    if count < 1 or count != int(count):
+    if not math.isfinite(count) or count < 1 or count != int(count):
         raise LinearizeError(f"--tokens is {text!r}; expected a positive whole number such as 40000, 40K, 2M or 1.5B.")
     return int(count)
 

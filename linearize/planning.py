@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -309,16 +310,17 @@ def _reach(config: Any, layer: int, context: int) -> int:
 
 
 def _mixer_cache_bytes(mixer: nn.Module, config: Any, groups: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Return the bytes of what a mixer caches, read off one token on the meta device."""
+    """Return the bytes of what a mixer caches, read off one token that a blank copy of it has seen."""
     from linearize.mixers.context import SequenceContext
 
     heads = groups * config.num_attention_heads // config.num_key_value_heads
-    x = torch.empty(1, 1, config.hidden_size, dtype=dtype, device="meta")
-    q = torch.empty(1, 1, heads, head_dim, dtype=dtype, device="meta")
-    k = torch.empty(1, 1, groups, head_dim, dtype=dtype, device="meta")
-    cache: dict[str, Tensor] = {}
-    with torch.no_grad():
-        mixer(x, (q, k), (q, k), k, SequenceContext(), cache)
+    with torch.device("cpu"), torch.no_grad():
+        blank = copy.deepcopy(mixer).to_empty(device="cpu")
+        x = torch.zeros(1, 1, config.hidden_size, dtype=dtype)
+        q = torch.zeros(1, 1, heads, head_dim, dtype=dtype)
+        k = torch.zeros(1, 1, groups, head_dim, dtype=dtype)
+        cache: dict[str, Tensor] = {}
+        blank(x, (q, k), (q, k), k, SequenceContext(), cache)
     return sum(tensor.numel() * tensor.element_size() for tensor in cache.values())
 
 

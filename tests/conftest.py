@@ -14,7 +14,7 @@ import pytest
 VOCABULARY = 272
 
 
-def tiny_config(family: str = "llama", **changes: object) -> object:
+def build_config(family: str = "llama", **changes: object) -> object:
     """A 2-layer config of a family: hidden 64, 4 query heads, 2 KV heads."""
     from transformers import CONFIG_MAPPING
 
@@ -33,7 +33,7 @@ def tiny_config(family: str = "llama", **changes: object) -> object:
     return CONFIG_MAPPING[family](**{**settings, **changes})
 
 
-def tiny_tokenizer() -> object:
+def build_tokenizer() -> object:
     """A byte-level tokenizer: one token a byte, four special ones first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -54,9 +54,9 @@ def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+        model = AutoModelForCausalLM.from_config(build_config(family, **changes))
     model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -101,7 +101,7 @@ def random_teacher() -> Callable[..., Any]:
             "eos_token_id": None,
             "pad_token_id": None,
         }
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **{**sizes, **changes}), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(build_config(family, **{**sizes, **changes}), dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
@@ -117,3 +117,9 @@ def make_mixer() -> Callable[..., dict[str, Any]]:
     from linearize.recipe import Mixer
 
     return lambda **fields: Mixer.model_validate(fields).model_dump()
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., object]:
+    """Return configs of tiny models: `tiny_config("qwen3", num_hidden_layers=3)`."""
+    return build_config

@@ -225,3 +225,29 @@ def test_assignment_is_validated(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="length"):
         recipe.data.length = 1
     assert Recipe(name="a").data is not Recipe(name="b").data
+
+
+def test_prepare_orders_settings() -> None:
+    liger = Recipe.from_yaml("liger")
+    settings = ["quick.tokens=50_000", "data.length=128", "stages.0.batch=4"]
+    recipe = liger.prepare(quick=True, overrides=settings)
+    assert sum(stage.tokens for stage in recipe.stages) == 50_000
+    assert (recipe.data.source, recipe.data.length) == ("builtin", 128)
+    assert [stage.batch for stage in recipe.stages] == [4, liger.quick.batch]
+    assert sum(stage.tokens for stage in liger.prepare(quick=True, tokens=9000).stages) == 9000
+    assert liger.prepare() == liger
+
+
+def test_prepare_replaces_data() -> None:
+    liger = Recipe.from_yaml("liger")
+    other = liger.prepare(data="some/where").data
+    assert (other.source, other.format, other.loss) == ("some/where", "auto", "response")
+    assert liger.prepare(data="builtin").data.loss == "all"
+
+
+def test_prepare_refuses_what_would_have_no_effect() -> None:
+    liger = Recipe.from_yaml("liger")
+    with pytest.raises(LinearizeError, match="together with --quick"):
+        liger.prepare(overrides=["quick.tokens=5"])
+    with pytest.raises(LinearizeError, match="both set token budgets"):
+        liger.prepare(tokens=1000, overrides=["stages.0.tokens=5"])

@@ -1,0 +1,271 @@
+"""The command: what it parses, what it prints, and how it fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from linearize import cli
+from linearize.recipe import Recipe, recipe_names
+
+
+def run(*arguments: str) -> int:
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    return int(stopped.value.code or 0)
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail with one paragraph and exit code 2; return the paragraph."""
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture
+def tiny(make_teacher) -> str:
+    return str(make_teacher("tiny"))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['linearize', '--help']\n"
+        "from linearize.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "linearize.cli" in loaded
+    assert not loaded & {"torch", "transformers", "pydantic", "numpy", "yaml", "peft", "datasets"}
+    for word in ("run", "plan", "doctor", "generate", "validate"):
+        assert word in done.stdout
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, linearize; dir(linearize); print('torch' in sys.modules, linearize.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", cli_version()]
+
+
+def cli_version() -> str:
+    import linearize
+
+    return linearize.__version__
+
+
+def test_every_public_name_exists() -> None:
+    import linearize
+
+    for name in linearize.__all__:
+        assert getattr(linearize, name) is not None
+    assert callable(linearize.linearize)
+    assert callable(linearize.plan)
+    with pytest.raises(AttributeError, match="linearise"):
+        _ = linearize.linearise
+
+
+def test_version_of_package_and_project(capsys: pytest.CaptureFixture[str]) -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert run("--version") == 0
+    assert capsys.readouterr().out.strip() == project["version"] == cli_version()
+
+
+def test_python_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "linearize", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, cli_version())
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        ([], ["--help"]),
+        (["--help"], ["--help"]),
+        (["--model", "m"], ["run", "--model", "m"]),
+        (["data.length=4", "--model", "m"], ["run", "data.length=4", "--model", "m"]),
+        (["plan", "--model", "m"], ["plan", "--model", "m"]),
+    ],
+)
+def test_bare_flags_mean_run(given: list[str], parsed: list[str]) -> None:
+    assert cli._with_command(given) == parsed
+
+
+@pytest.mark.parametrize("command", sorted(get_command(cli.app).commands))
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert "Usage: linearize" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("40000", 40_000), ("40_000", 40_000), ("40K", 40_000), ("2m", 2_000_000), ("1.5B", 1_500_000_000)],
+)
+def test_tokens(text: str, count: int) -> None:
+    assert cli._tokens(text) == count
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-3", "1.5", "K", "nan", "inf"])
+def test_wrong_tokens(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refuse(capsys, "plan", "--model", "llama-3-8b", "--recipe", "liger", "--tokens", text)
+    assert repr(text) in message
+
+
+def test_plan_of_the_headline(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+    assert run("plan", "--model", "llama-3-8b", "--recipe", "liger") == 0
+    printed = capsys.readouterr().out
+    assert "32 layers, 32 converted" in printed
+    assert printed.count("converted ") == 32
+    assert run("--model", "llama-3-8b", "--recipe", "liger", "--dry-run") == 0
+    assert capsys.readouterr().out == printed
+    assert not cache.exists()
+
+
+def test_plan_takes_every_setting(capsys: pytest.CaptureFixture[str], tiny: str) -> None:
+    words = ["--recipe", "liger", "--quick", "--tokens", "5120", "data.length=64", "mixer.window.size=8"]
+    assert run("plan", "--model", tiny, *words) == 0
+    printed = capsys.readouterr().out
+    assert "rows of 64 tokens" in printed
+    assert "1,024" in printed
+    assert "4,096" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["evl", "x"], ["'evl'", "Did you mean 'eval'"]),
+        (["plan", "--model", "llama-3-8", "--recipe", "liger"], ["'llama-3-8'", "Did you mean 'llama-3-8b'"]),
+        (["plan", "--model", "llama-3-8b", "--recipe", "lger"], ["'lger'", "Did you mean 'liger'"]),
+        (["plan", "--model", "llama-3-8b", "--recipe", "liger", "dta.length=3"], ["'dta'", "Did you mean 'data'"]),
+        (["plan", "--model", "llama-3-8b", "--recipe", "liger", "mixer.gate=kee"], ["'kee'", "mixer.gate", "key"]),
+        (["plan", "--model", "llama-3-8b", "--recipe", "liger", "data.length=9000"], ["9000", "8192"]),
+        (["plan", "--model", "llama-3-8b", "--recipe", "liger", "--dtype", "fp8"], ["'fp8'", "bfloat16"]),
+        (["show", "lolcat"], ["Did you mean 'lolcats'"]),
+        (["show", "no/such.yaml"], ["no recipe file"]),
+        (["validate", "liger", "mixer.window=null"], ["mixer.window"]),
+        (["validate", "liger", "--model", "qwen3-0.6b", "layers=[28]"], ["layer 28"]),
+        (["ls", "recipe"], ["Did you mean 'recipes'"]),
+        (["cp", "liger", "mine.txt"], [".yaml"]),
+        (["eval", "no/such/folder"], ["no/such/folder"]),
+        (["generate", "no/such/folder", "hello"], ["no/such/folder"]),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:
+    message = refuse(capsys, *arguments)
+    for word in words:
+        assert word in message
+
+
+def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--modl", "x", "--recipe", "y") == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="Unknown recipe"):
+        cli.main(["show", "nope", "--debug"])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_show_and_validate(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("show", name) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# linearize --model")
+    assert run("show", name, "--full") == 0
+    full = tmp_path / "full.yaml"
+    full.write_text(capsys.readouterr().out)
+    assert Recipe.from_yaml(full) == Recipe.from_yaml(name)
+    assert run("validate", name) == 0
+
+
+def test_show_with_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("show", "liger", "data.length=77") == 0
+    assert "length: 77" in capsys.readouterr().out
+
+
+def test_copy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    assert run("cp", "paper/liger", str(mine)) == 0
+    capsys.readouterr()
+    assert mine.read_text().splitlines()[0].endswith(f"--recipe {mine}")
+    copied, original = Recipe.from_yaml(mine), Recipe.from_yaml("paper/liger")
+    assert copied.name == "mine"
+    assert copied.model_dump(exclude={"name"}) == original.model_dump(exclude={"name"})
+    before = mine.read_text()
+    assert "exists already" in refuse(capsys, "cp", "liger", str(mine))
+    assert "no folder" in refuse(capsys, "cp", "liger", str(tmp_path / "no" / "x.yaml"))
+    assert mine.read_text() == before
+
+
+def test_ls(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("ls") == 0
+    printed = capsys.readouterr().out
+    for word in ("paper/lolcats", "smollm2-135m", "hedgehog", "shared_softmax", "qwen3"):
+        assert word in printed
+    assert run("ls", "families") == 0
+    assert "hedgehog" not in capsys.readouterr().out
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor") == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", "transformers", "gated_linear", "window", "need a CUDA device", "parity"):
+        assert word in printed
+
+
+def test_doctor_finds_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from linearize import doctor
+
+    window = doctor.OPS["window"]
+    broken = {"window": lambda q, k, v: window(q, k, v) * (1.001 if q.dtype.itemsize < 8 else 1.0)}
+    monkeypatch.setattr(doctor, "OPS", broken)
+    assert run("doctor") == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [
+        "--model",
+        tiny,
+        "--recipe",
+        "liger",
+        "--quick",
+        "--tokens",
+        "1280",
+        "--output",
+        str(out),
+        "data.length=64",
+    ]
+    assert run(*words) == 0
+    printed = capsys.readouterr().out
+    for word in ("teacher", "after surgery", "after transfer", "after finetune", "65,536", str(out / "report.html")):
+        assert word in printed
+    assert run(*words) == 0
+    again = capsys.readouterr().out
+    assert "finished already" in again
+    assert "after finetune" in again
+    assert "seed: 0 -> 1" in refuse(capsys, *words, "--seed", "1")
+    assert run("eval", str(out), "--rows", "2", "--against", tiny) == 0
+    assert "KL to teacher" in capsys.readouterr().out
+    assert run("generate", str(out), "hello", "--max-new-tokens", "4") == 0
+    assert capsys.readouterr().out
+
+
+def test_the_headline_runs_on_a_tiny_llama_in_its_cache(
+    capsys: pytest.CaptureFixture[str], cache: Path, make_teacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_teacher("cache/models/llama-3-8b")
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "builtin", "--tokens", "1280", "data.length=64", "data.held_out=4", "data.loss=all"]
+    assert run("--model", "llama-3-8b", "--recipe", "liger", *words) == 0
+    assert (tmp_path / "llama-3-8b-liger" / "model.safetensors").is_file()
+    assert "after finetune" in capsys.readouterr().out

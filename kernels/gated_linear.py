@@ -177,7 +177,8 @@ def _chunked(
     def split(x: Tensor) -> Tensor:
         """[B, T, G, ...] -> fp32 [B, G, N, C, ...]"""
         x = F.pad(x.float(), (0, 0) * (x.dim() - 2) + (0, pad))
-        return x.unflatten(1, (chunks, CHUNK)).movedim(3, 1)
+        rows: Tensor = x.unflatten(1, (chunks, CHUNK)).movedim(3, 1)
+        return rows
 
     if with_normalizer:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
@@ -213,7 +214,9 @@ def _chunked(
     out = out.flatten(1, 2).movedim(1, 3).flatten(1, 2)[:, :length]  # [B, T, H, V]
     if not with_normalizer:
         return LinearOutput(out.to(dtype), None, state, None)
-    return LinearOutput(out[..., :value_dim].to(dtype), out[..., value_dim], state[..., :value_dim], state[..., value_dim])
+    return LinearOutput(
+        out[..., :value_dim].to(dtype), out[..., value_dim], state[..., :value_dim], state[..., value_dim]
+    )
 
 
 def _initial_state(updates: Tensor, state: Tensor | None, norm: Tensor | None, with_normalizer: bool) -> Tensor:

@@ -124,7 +124,9 @@ def window_step(
     batch, heads, key_dim = q.shape
     groups = keys.shape[2]
     queries = q.float().view(batch, groups, heads // groups, 1, key_dim) * (key_dim**-0.5 if scale is None else scale)
-    o, lse, row_max = _softmax(queries, keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1), visible[:, None, None, None])
+    o, lse, row_max = _softmax(
+        queries, keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1), visible[:, None, None, None]
+    )
     return WindowOutput(o.flatten(1, 3).to(q.dtype), lse.flatten(1), row_max.flatten(1))
 
 
@@ -153,7 +155,8 @@ def _blocked(
 
     def split(x: Tensor) -> Tensor:
         """[B, T, G, D] -> fp32 [B, G, N, C, D]"""
-        return F.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, block)).movedim(3, 1)
+        rows: Tensor = F.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(1, (blocks, block)).movedim(3, 1)
+        return rows
 
     def with_earlier(x: Tensor) -> Tensor:
         """[B, G, N, C, D] -> [B, G, N, (reach + 1) * C, D], each block behind the `reach` blocks before it."""

@@ -1,10 +1,9 @@
-"""The cache of a linearized model: recurrent states, window rings and exact heads, on transformers' own Cache classes."""
+"""The cache of a linearized model: states, window rings and exact heads, on transformers' own Cache classes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -112,10 +111,3 @@ class LinearizedCache(Cache):  # type: ignore[misc]
             elif layer.is_initialized:
                 total += sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
         return total
-
-
-def teacher_cache_bytes(config: Any, context: int, dtype: torch.dtype) -> int:
-    """Return the bytes of the teacher's own KV cache for one row of `context` tokens."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_key_value_heads * head_dim * dtype.itemsize
-    return int(config.num_hidden_layers * per_token * context)

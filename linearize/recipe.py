@@ -385,7 +385,7 @@ class Recipe(Strict):
         tree = _tree(self)
         tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
         for stage in tree["stages"]:
-            stage["batch"], stage["micro_batch"] = self.quick.batch, None
+            stage["batch"], stage["micro_batch"] = self.quick.batch, 1
         recipe = self.parse(tree, self.name)
         return recipe.with_tokens(self.quick.tokens) if self.stages else recipe
 

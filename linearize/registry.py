@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from linearize.errors import LinearizeError, UnknownNameError
 
@@ -62,7 +62,7 @@ feature_maps: Registry[type] = Registry("feature map")
 gates: Registry[type] = Registry("gate")
 memories: Registry[type] = Registry("memory")
 combines: Registry[type] = Registry("combine")
-families: Registry[type] = Registry("model family")
+families: Registry[Any] = Registry("model family")
 
 register_feature_map = feature_maps.register
 register_gate = gates.register

@@ -76,7 +76,8 @@ class LinearizedAttention(nn.Module):
         """
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         heads = self.heads(hidden_states, position_embeddings, sequence_context or SequenceContext(), layer)
-        return self.family.output(self, heads), None
+        out: Tensor = self.family.output(self, heads)
+        return out, None
 
     def heads(
         self,
@@ -98,7 +99,7 @@ class LinearizedAttention(nn.Module):
         if self.mixer is None:
             assert exact is not None
             return exact
-        mixed = self.mixer(
+        mixed: Tensor = self.mixer(
             x,
             (q[:, :, eh:], k[:, :, e:]),
             (q_rotated[:, :, eh:], k_rotated[:, :, e:]),

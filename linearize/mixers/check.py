@@ -72,7 +72,7 @@ def _check_part(registry: Registry[type], part: dict[str, Any], where: str) -> A
         raise UnknownNameError(registry.kind, name, registry.names(), where)
     found = registry.get(name)
     known = {p.name: p for p in inspect.signature(found).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    hints = typing.get_type_hints(found.__init__)
+    hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
     for key, value in part.items():
         if key == "name":
             continue

@@ -44,8 +44,8 @@ class FixedGate(Fp32Part):
         self.register_buffer("log_decay", torch.log1p(-torch.exp2(-exponents)).float())
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
-        log_decay: Tensor = self.log_decay
-        return log_decay.expand(k.shape[:-1])
+        assert isinstance(self.log_decay, Tensor)
+        return self.log_decay.expand(k.shape[:-1])
 
 
 @gates.register("key")

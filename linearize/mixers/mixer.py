@@ -47,12 +47,16 @@ class TokenMixer(nn.Module):
         self.scaling = scaling
         self.rotary = bool(spec["rotary"])
         self.overlap = bool(spec["overlap"])
-        self.combine = _build(combines, spec["combine"], shape)
+        self.combine: Any = _build(combines, spec["combine"], shape)
         window = spec["window"] if self.combine.uses_window else None
         self.window = 0 if window is None else min(window["size"], max_window or window["size"])
         self.sinks = 0 if window is None else window["sinks"]
         self.groups = shape.groups
-        self.q_map = self.k_map = self.gate = self.memory = self.norm = None
+        self.q_map: Any = None
+        self.k_map: Any = None
+        self.gate: Any = None
+        self.memory: Any = None
+        self.norm: nn.RMSNorm | None = None
         if self.combine.uses_memory:
             per_query = spec.get("k_map_heads", "kv") == "query"
             self.repeat = shape.heads // shape.groups if per_query else 1
@@ -98,12 +102,14 @@ class TokenMixer(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):  # autocast would round gates, weights and states to bf16
             if cache and x.shape[1] == 1:
-                out = self._step(x[:, 0], *(t[:, 0] for t in (*plain, *rotated, v)), cache)[:, None]
+                q, k, q_rotated, k_rotated = (t[:, 0] for t in (*plain, *rotated))
+                out = self._step(x[:, 0], q, k, q_rotated, k_rotated, v[:, 0], cache)[:, None]
             else:
                 out = self._sequence(x, plain, rotated, v, context, cache)
         if self.output_gate is None:
             return out
-        return out * self.output_gate(x).sigmoid().view_as(out)
+        gate: Tensor = self.output_gate(x).sigmoid()
+        return out * gate.view_as(out)
 
     def _stream(self, x: Tensor, k_plain: Tensor, k_rotated: Tensor, v: Tensor) -> Tensors:
         """What enters the memory, per token."""
@@ -123,7 +129,7 @@ class TokenMixer(nn.Module):
                 memory = memory / normalizer.clamp(min=1e-6)[..., None].to(memory.dtype)
             if self.norm is not None:
                 scale = self.norm.weight.float()
-                memory = F.rms_norm(memory.float(), scale.shape, scale, self.norm.eps).to(memory.dtype)
+                memory = F.rms_norm(memory.float(), list(scale.shape), scale, self.norm.eps).to(memory.dtype)
         mixed: Tensor = self.combine(window, memory, normalizer)
         return mixed
 
@@ -152,7 +158,7 @@ class TokenMixer(nn.Module):
             if self.delay:
                 entering, starts = self._delayed(stream, context, cache if seen is not None else None)
             state = None
-            if seen is not None:
+            if cache and seen is not None:
                 state = {n: cache[n] for n in self.memory.state_names}
             memory, normalizer, after = self.memory(q_memory, entering, starts, state)
         out = self._finish(window, memory, normalizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +40,8 @@ class Fp32Part(nn.Module):
                 return tensor.to(device=moved.device)
             return moved
 
-        result: Any = super()._apply(keep_dtype, recurse)
-        return result  # type: ignore[no-any-return]
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 def fp32_parameter(*shape: int, value: float = 0.0) -> nn.Parameter:

@@ -1,6 +1,6 @@
 """Importing this registers linearized models with transformers' Auto classes."""
 
-import linearize.families  # noqa: F401  (fills the registry of families)
+import linearize.families
 import linearize.mixers  # noqa: F401  (fills the registries of mixer parts)
 from linearize.modeling.classes import Classes, classes_for, register_all
 

@@ -90,7 +90,7 @@ class LinearizedLM:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         replace_attention(self, config)
 
     def _prepare_cache_for_generation(

@@ -165,7 +165,9 @@ def _user_parts(mixer: dict[str, Any], imports: dict[str, None], names: dict[str
         if found.__module__.split(".")[0] == "linearize":
             continue
         where = f"the {registry.kind} {name!r}"
-        table = next(key for key, value in vars(importlib.import_module("linearize.registry")).items() if value is registry)
+        table = next(
+            key for key, value in vars(importlib.import_module("linearize.registry")).items() if value is registry
+        )
         _inline(found, where, imports, names, bodies)
         bodies.append(f"{table}.register({name!r})({found.__name__})")
     return bodies
@@ -185,7 +187,9 @@ def _inline(thing: Any, where: str, imports: dict[str, None], names: dict[str, s
     if names.get(thing.__name__) == text:
         return
     if thing.__name__ in names:
-        raise LinearizeError(f"Cannot save {where}: `{thing.__name__}` is the name of a definition of linearize; rename it.")
+        raise LinearizeError(
+            f"Cannot save {where}: `{thing.__name__}` is the name of a definition of linearize; rename it."
+        )
     names[thing.__name__] = text
     home = inspect.getmodule(thing)
     scope = vars(home) if home is not None else {}
@@ -204,7 +208,13 @@ def _bring(
     root = origin.split(".")[0]
     if isinstance(value, ModuleType) and root != "linearize":
         imports[f"import {origin} as {name}"] = None
-    elif isinstance(value, type | FunctionType) and root not in ("linearize", "torch", "transformers", "typing", "math"):
+    elif isinstance(value, type | FunctionType) and root not in (
+        "linearize",
+        "torch",
+        "transformers",
+        "typing",
+        "math",
+    ):
         _inline(value, where, imports, names, bodies)
     elif isinstance(value, bool | int | float | str | tuple | None.__class__):
         text = f"{name} = {value!r}"

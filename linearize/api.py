@@ -1,0 +1,411 @@
+"""The whole path behind one call: recipe and teacher in, a linearized checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linearize import workspace, yaml_io
+from linearize.checkpoint import write_text
+from linearize.data import Corpus, build_corpus
+from linearize.errors import LinearizeError, UnknownNameError
+from linearize.eval import TeacherReference, evaluate, sample
+from linearize.modeling.export import save_checkpoint
+from linearize.planning import Plan, check_disk, make_plan
+from linearize.recipe import Recipe
+from linearize.report import model_card, read_metrics, render_html
+from linearize.report.track import tracker
+from linearize.stages import Run, run_stage
+from linearize.surgery import Surgery, convert
+from linearize.teacher import TeacherInfo, TeacherSource, load_config, load_teacher, resolve
+
+PROMPT = "A Python function is defined with the keyword"
+STAGES = "stages"
+Watch = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        output: the finished checkpoint's folder.
+        results: rows of quality, sample continuations, cache bytes and provenance, as in `results.json`.
+        finished_before: the folder was there already, and nothing was run.
+    """
+
+    output: Path
+    results: dict[str, Any]
+    finished_before: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before it starts: everything that its outcome depends on."""
+
+    recipe: Recipe
+    source: TeacherSource
+    plan: Plan
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same for a run to go on."""
+        return {
+            "model": self.source.location,
+            "revision": self.source.revision,
+            "seed": self.seed,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def prepare_job(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    *,
+    data: str | None = None,
+    tokens: int | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    overrides: Iterable[str] = (),
+    trust_remote_code: bool = False,
+) -> Job:
+    """Resolve and check everything that can be checked without loading weights; see `linearize` for the arguments."""
+    chosen = Recipe.resolve(recipe)
+    if quick:
+        chosen = chosen.with_quick()
+    if data is not None:
+        chosen = chosen.with_overrides([f"data.source={data}", "data.format=auto"])
+    if tokens is not None:
+        chosen = chosen.with_tokens(tokens)
+    chosen = chosen.with_overrides(overrides)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise LinearizeError("--device cuda was asked for, but PyTorch sees no CUDA device here. Use --device cpu.")
+    kind = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    source = resolve(str(model))
+    config = load_config(source, trust_remote_code)
+    plan = make_plan(chosen, config, model=source.name, dtype=kind)
+    return Job(chosen, source, plan, seed, where, kind, trust_remote_code)
+
+
+def plan(model: str | Path, recipe: Recipe | str | Path, **settings: Any) -> Plan:
+    """Return what `linearize(model, recipe, **settings)` would do; no weights are loaded."""
+    return prepare_job(model, recipe, **settings).plan
+
+
+def linearize(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    push_to_hub: str | None = None,
+    track: str | None = None,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> Result:
+    """Convert a pretrained Transformer by a recipe and write a checkpoint that loads anywhere.
+
+    A run that was interrupted goes on where it stopped when it is called again with the same settings.
+
+    Args:
+        model: alias, local folder, hub id or .gguf file.
+        recipe: a `Recipe`, a packaged name or a YAML file.
+        output: the finished folder; `./<model>-<recipe>` by default.
+        fresh: start anew, whatever lies in `output`, if it is linearize's.
+        push_to_hub: repository that gets the finished folder.
+        track: `tensorboard` or `wandb`, besides metrics.jsonl.
+        watch: called with every event of the run: `{"event": ..., ...}`.
+        **settings: data, tokens, quick, seed, device, dtype, overrides, trust_remote_code: `data` replaces the recipe's
+            source; `tokens` is the total over stages, split in the recipe's ratio; `quick` means builtin data and the
+            recipe's `quick` sizes; `overrides` are `key.path=value`.
+
+    Returns:
+        The folder and what was measured.
+
+    Raises:
+        LinearizeError: something given does not work; the message says what to change.
+    """
+    job = prepare_job(model, recipe, **settings)
+    name = f"{job.source.name}-{job.recipe.name.replace('/', '-')}"
+    folder = Path(output) if output is not None else Path(name)
+    finished = workspace.finished_results(folder, job.settings(), fresh)
+    if finished is not None:
+        return Result(folder, finished, finished_before=True)
+    work = workspace.open_work_folder(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk))
+    with workspace.hold(work):
+        try:
+            results = _run(job, work, _watcher(watch, track, work))
+        except LinearizeError:
+            if not (work / STAGES).exists():  # nothing was trained: leave no trace of a run that cannot be made
+                shutil.rmtree(work)
+            raise
+        workspace.publish(work, folder)
+    if push_to_hub is not None:
+        from linearize.hub import push
+
+        push(folder, push_to_hub)
+    return Result(folder, results)
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """Return the linearized model in a folder; `options` go to `from_pretrained`.
+
+    Raises:
+        LinearizeError: the folder holds no linearized model.
+    """
+    import linearize.modeling  # noqa: F401  (registers the classes)
+
+    path = workspace.checkpoint_folder(folder)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
+    """Carry a job out in its work folder and leave the finished checkpoint in `work/final`."""
+    began = time.time()
+    watch({"event": "load", "model": job.source.name})
+    model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
+    corpus = _corpus(job, tokenizer, work)
+    watch({"event": "data", "description": corpus.description})
+    rows = Rows(work / "rows.json", watch)
+    samples: dict[str, str] = {"prompt": PROMPT}
+    reference = None
+    if not rows.complete(job):
+        watch({"event": "evaluate", "name": "teacher"})
+        reference = TeacherReference(model, corpus.held_out)
+        rows.add({**reference.quality.row("teacher"), "tokens": 0, "seconds": 0.0})
+    samples["teacher"] = sample(model, tokenizer, PROMPT)
+    surgery = _convert(job, model)
+    if surgery is not None and not rows.has("after surgery"):
+        watch({"event": "evaluate", "name": "after surgery"})
+        rows.add({**evaluate(model, corpus.held_out, reference).row("after surgery"), "tokens": 0, "seconds": 0.0})
+    _stages(job, model, surgery, corpus, reference, work, rows, watch)
+    samples["student"] = sample(model, tokenizer, PROMPT)
+    results = {
+        "model": job.source.name,
+        "recipe": job.recipe.name,
+        "rows": rows.rows,
+        "samples": samples,
+        "cache": [
+            {"context": context, "teacher_bytes": teacher, "student_bytes": student}
+            for context, (teacher, student) in job.plan.cache.items()
+        ],
+        "provenance": workspace.provenance(job.settings(), info, corpus, time.time() - began),
+        "recipe_yaml": job.recipe.to_yaml(),
+    }
+    watch({"event": "save"})
+    _save(job, model, tokenizer, info, results, work)
+    return results
+
+
+def _stages(
+    job: Job,
+    model: Any,
+    surgery: Surgery | None,
+    corpus: Corpus,
+    reference: TeacherReference | None,
+    work: Path,
+    rows: Rows,
+    watch: Watch,
+) -> None:
+    run = Run(
+        model=model,
+        surgery=surgery,
+        corpus=corpus,
+        folder=work / STAGES,
+        seed=job.seed,
+        device=job.device,
+        autocast=None if job.dtype == torch.float32 else job.dtype,
+        metrics=work / "metrics.jsonl",
+        progress=lambda record: watch({"event": "step", **record}),
+    )
+    tokens = seconds = 0.0
+    for name, settings in stage_names(job.recipe):
+        watch({"event": "stage", "stage": name, "steps": settings.steps(job.recipe.data.length)})
+        spent = run_stage(settings, run, name)
+        tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
+        if not rows.has(f"after {name}"):
+            watch({"event": "evaluate", "name": f"after {name}"})
+            quality = evaluate(model, corpus.held_out, reference)
+            rows.add({**quality.row(f"after {name}"), "tokens": int(tokens), "seconds": seconds})
+
+
+def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Yield each stage under a name of its own: `transfer`, `finetune`, `finetune-2`."""
+    seen: dict[str, int] = {}
+    for settings in recipe.stages:
+        count = seen[settings.stage] = seen.get(settings.stage, 0) + 1
+        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings
+
+
+class Rows:
+    """The table of a run, kept on disk as it grows.
+
+    Args:
+        path: where.
+        watch: told of every new row.
+    """
+
+    def __init__(self, path: Path, watch: Watch) -> None:
+        self.path = path
+        self.watch = watch
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def has(self, name: str) -> bool:
+        """Return whether this row was measured."""
+        return any(row["name"] == name for row in self.rows)
+
+    def complete(self, job: Job) -> bool:
+        """Return whether every row of the job was measured."""
+        surgery = ["after surgery"] if job.recipe.mixer is not None else []
+        names = ["teacher", *surgery, *(f"after {name}" for name, _ in stage_names(job.recipe))]
+        return all(map(self.has, names))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Enter a row, unless it was measured before an interruption."""
+        if not self.has(row["name"]):
+            self.rows.append(row)
+            beside = self.path.with_suffix(".new")
+            write_text(beside, json.dumps(self.rows))
+            beside.replace(self.path)
+        self.watch({"event": "row", "row": row})
+
+
+def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
+    """The run's rows: those of an interrupted run, or new ones."""
+    folder = work / "data"
+    if folder.exists():
+        return Corpus.load(folder)
+    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in job.recipe.stages)
+    tokens = max(1, budget) * job.recipe.data.length
+    corpus = build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed)
+    beside = work / "data.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    corpus.save(beside)
+    beside.rename(folder)
+    return corpus
+
+
+def _convert(job: Job, model: Any) -> Surgery | None:
+    recipe = job.recipe
+    if recipe.mixer is None:
+        return None
+    torch.manual_seed(job.seed)
+    layers = None if recipe.layers == "all" else list(recipe.layers)
+    return convert(model, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
+
+
+def _save(job: Job, model: Any, tokenizer: Any, info: TeacherInfo, results: dict[str, Any], work: Path) -> None:
+    """Write the whole finished folder into the work folder."""
+    final = work / workspace.FINAL
+    shutil.rmtree(final, ignore_errors=True)
+    if job.recipe.mixer is None:
+        model.save_pretrained(final)
+        tokenizer.save_pretrained(final)
+    else:
+        save_checkpoint(model, tokenizer, final)
+    records = read_metrics(work / "metrics.jsonl")
+    if records:
+        shutil.copy(work / "metrics.jsonl", final / "metrics.jsonl")
+    lock = {"settings": json.loads(json.dumps(job.settings())), "provenance": results["provenance"]}
+    write_text(final / workspace.LOCK, yaml_io.dump(lock))
+    write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
+    write_text(final / "report.html", render_html(results, records))
+    base = info.source.removeprefix("hub:").partition("@")[0] if info.source.startswith("hub:") else None
+    write_text(final / "README.md", model_card(results, base_model=base, license=info.license))
+
+
+def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
+    log = tracker(track, work) if track else None
+
+    def tell(event: dict[str, Any]) -> None:
+        if log is not None and event["event"] == "step":
+            log(event["stage"], event["step"], {k: v for k, v in event.items() if isinstance(v, float)})
+        if watch is not None:
+            watch(event)
+
+    return tell
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UnknownNameError("dtype", name, known, "--dtype")
+    return known[name]
+
+
+def evaluate_folder(
+    folder: str | Path,
+    *,
+    against: str | None = None,
+    data: str | None = None,
+    rows: int | None = None,
+    length: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measure a finished folder on held-out text.
+
+    Args:
+        folder: what `linearize` wrote.
+        against: the teacher, as for `--model`; adds its row and the divergence from it. None leaves both out.
+        data: source of the text; the run's own held-out documents by default.
+        rows: how many rows; the run's own number by default.
+        length: tokens a row; the run's own by default. Beyond the teacher's context rows are marked.
+        device: where to run.
+
+    Returns:
+        `results` with the rows measured.
+    """
+    from transformers import AutoTokenizer
+
+    path = workspace.checkpoint_folder(folder)
+    lock = yaml_io.read(path / workspace.LOCK)
+    recipe = Recipe.parse(lock["settings"]["recipe"], str(path / workspace.LOCK))
+    changes = {"source": data, "format": "auto" if data else None, "held_out": rows, "length": length}
+    spec = recipe.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    corpus = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=lock["settings"]["seed"])
+    measured = []
+    reference = None
+    if against is not None:
+        teacher, _, _ = load_teacher(resolve(against), torch.float32, device)
+        reference = TeacherReference(teacher, corpus.held_out)
+        measured.append(reference.quality.row("teacher"))
+        del teacher
+    model = load(path, dtype=torch.float32).to(device).eval()
+    measured.append(evaluate(model, corpus.held_out, reference).row(path.name))
+    return {"model": lock["settings"]["model"], "recipe": recipe.name, "rows": measured}
+
+
+def generate_text(folder: str | Path, prompt: str, *, max_new_tokens: int = 128, device: str = "cpu") -> Iterator[str]:
+    """Yield a greedy continuation of `prompt` by the model in a finished folder, piece by piece."""
+    import threading
+
+    from transformers import AutoTokenizer, TextIteratorStreamer
+
+    path = workspace.checkpoint_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = load(path, dtype="auto").to(device).eval()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    options = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, kwargs=options, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()

@@ -1,0 +1,39 @@
+"""Stages: what recovers the quality that the swap cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linearize import checkpoint
+from linearize.stages.base import Run, StageRunner, train
+from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.transfer import TransferRunner
+
+RUNNERS: dict[str, type[StageRunner]] = {"transfer": TransferRunner, "finetune": FinetuneRunner}
+
+
+def run_stage(settings: Any, run: Run, name: str) -> dict[str, float]:
+    """Run one stage of a recipe to its end, or load what it ended with if it was run before.
+
+    Args:
+        settings: the stage, from the recipe.
+        run: what the stages share; its model is changed in place.
+        name: of the stage, unique in the run.
+
+    Returns:
+        Tokens and seconds of training.
+    """
+    runner = RUNNERS[settings.stage](settings, run)
+    ended = run.folder / f"{name}-ended"
+    found = checkpoint.load(ended)
+    if found is not None:
+        run.model.load_state_dict(found[0], strict=False)
+        return found[1]
+    spent = train(runner, name)
+    tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
+    checkpoint.save(ended, tensors, spent)
+    checkpoint.remove(run.folder / name)
+    return spent
+
+
+__all__ = ["RUNNERS", "Run", "run_stage"]

@@ -1,0 +1,265 @@
+"""The life of a stage: prepare, train step by step with checkpoints, finish.
+
+Whatever happens at a step is a function of the seed and the step's number, so a run that was killed and started again
+ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize import checkpoint
+from linearize.data import Corpus, PackedRows, batches
+from linearize.errors import LinearizeError
+from linearize.recipe import Stage
+from linearize.report.metrics import MetricsWriter
+from linearize.surgery import Surgery
+
+SAVE_SECONDS = 30.0
+PLATEAU_STEPS = 100
+PLATEAU_ROWS = 32
+
+
+@dataclass
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        model: the student.
+        surgery: how it was converted; None where nothing was.
+        corpus: training and held-out rows.
+        folder: where checkpoints go.
+        seed: of the run.
+        device: where the model is.
+        autocast: dtype of the forward pass on a GPU, None for the weights' own.
+        metrics: the run's metrics.jsonl.
+        progress: takes the record of each step, to show it.
+    """
+
+    model: Any
+    surgery: Surgery | None
+    corpus: Corpus
+    folder: Path
+    seed: int
+    device: torch.device
+    autocast: torch.dtype | None = None
+    metrics: Path = Path("metrics.jsonl")
+    progress: Callable[[dict[str, Any]], None] = lambda record: None
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which forward passes run."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+class StageRunner(ABC):
+    """One stage on one model. Subclasses say what trains and how a batch turns into gradients."""
+
+    def __init__(self, settings: Any, run: Run) -> None:
+        self.settings = settings
+        self.run = run
+
+    @abstractmethod
+    def prepare(self) -> dict[str, nn.Parameter]:
+        """Set the model up and return what trains, by name."""
+
+    @abstractmethod
+    def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
+        """Add a micro-batch's gradients; return its losses, already multiplied by its share of the batch."""
+
+    @abstractmethod
+    def held_out_loss(self, rows: PackedRows) -> float:
+        """Return the stage's loss on rows without training on them."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Leave the model ready for evaluation, for the next stage and for saving."""
+
+    @abstractmethod
+    def changes(self, name: str) -> bool:
+        """Return whether this stage changes the entry `name` of the model's state dict."""
+
+    def clip_groups(self, trained: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+        """Return the sets of parameters whose gradient norms are clipped together."""
+        return [list(trained.values())]
+
+
+def learning_rate(settings: Stage, step: int, steps: int) -> float:
+    """Return the scheduled learning rate of a step (cosine and constant; plateau starts from `lr`)."""
+    optimizer = settings.optimizer
+    warmup = round(optimizer.warmup * steps)
+    if step < warmup:
+        return optimizer.lr * (step + 1) / (warmup + 1)
+    if optimizer.schedule != "cosine":
+        return optimizer.lr
+    progress = (step - warmup) / max(1, steps - warmup)
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(runner: StageRunner, name: str) -> dict[str, float]:
+    """Run a stage to its end, from its last checkpoint if there is one.
+
+    Args:
+        runner: the stage.
+        name: of its checkpoint and in its records.
+
+    Returns:
+        Tokens and seconds of training, those before an interruption included.
+
+    Raises:
+        LinearizeError: the loss or a gradient is not finite.
+    """
+    run, settings = runner.run, runner.settings
+    seed = run.seed * 1000 + sum(name.encode())
+    torch.manual_seed(seed)
+    trained = runner.prepare()
+    dtypes = {key: parameter.dtype for key, parameter in trained.items()}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    progress = Progress(trained, settings)
+    folder = run.folder / name
+    progress.restore(folder)
+    rows = run.corpus.train
+    steps = settings.steps(rows.length)
+    groups = runner.clip_groups(trained)
+    source = batches(rows, settings.batch, seed, start_step=progress.step)
+    tokens = settings.batch * rows.length
+    saved = time.monotonic()
+    with MetricsWriter(run.metrics, resume=(name, progress.step)) as metrics:
+        while progress.step < steps:
+            began = time.monotonic()
+            torch.manual_seed(seed + progress.step)
+            progress.schedule(steps)
+            losses = _accumulate(runner, next(source), settings.micro_batch or settings.batch)
+            norm = _clip(groups, settings.optimizer.clip)
+            if not math.isfinite(losses["loss"]) or not math.isfinite(norm):
+                raise LinearizeError(
+                    f"Stage {name!r} broke at step {progress.step + 1}: loss {losses['loss']}, gradient norm "
+                    f"{norm}. Lower `optimizer.lr` (now {settings.optimizer.lr:g}) and start again with --fresh."
+                )
+            progress.advance(lambda: runner.held_out_loss(run.corpus.held_out[:PLATEAU_ROWS]))
+            spent = time.monotonic() - began
+            progress.seconds += spent
+            record = {**losses, "tokens": progress.step * tokens, "tokens_per_second": tokens / spent}
+            record |= {"lr": progress.lr, "grad_norm": norm}
+            metrics.write(name, progress.step, **record)
+            run.progress({"stage": name, "step": progress.step, "steps": steps, **record})
+            if progress.step < steps and time.monotonic() - saved > SAVE_SECONDS:
+                progress.save(folder)
+                saved = time.monotonic()
+    runner.finish()
+    for key, parameter in trained.items():
+        parameter.data = parameter.data.to(dtypes[key])
+    return {"tokens": float(steps * tokens), "seconds": progress.seconds}
+
+
+class Progress:
+    """How far a stage is: its optimizer, its schedule and its step, all of which a checkpoint holds.
+
+    Args:
+        trained: what trains, by name.
+        settings: the stage's.
+    """
+
+    def __init__(self, trained: dict[str, nn.Parameter], settings: Stage) -> None:
+        self.trained = trained
+        self.settings = settings
+        wanted = settings.optimizer
+        self.optimizer = torch.optim.AdamW(
+            trained.values(), lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay
+        )
+        self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+        if wanted.schedule == "plateau":
+            self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                self.optimizer, factor=0.1, patience=10, min_lr=wanted.min_lr
+            )
+        self.step = 0
+        self.seconds = 0.0
+
+    @property
+    def lr(self) -> float:
+        """The learning rate in force."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def schedule(self, steps: int) -> None:
+        """Set the learning rate of the coming step; behind its warm-up, a plateau sets its own."""
+        if self.plateau is None or self.step < round(self.settings.optimizer.warmup * steps):
+            self.optimizer.param_groups[0]["lr"] = learning_rate(self.settings, self.step, steps)
+
+    def advance(self, held_out_loss: Callable[[], float]) -> None:
+        """Make the optimizer's step with the gradients at hand and drop them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.plateau is not None and self.step % PLATEAU_STEPS == 0:
+            self.plateau.step(held_out_loss())
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.trained.items():
+            tensors[name] = parameter
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}@{name}"] = value
+        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "lr": self.lr}
+        if self.plateau is not None:
+            state["plateau"] = {key: getattr(self.plateau, key) for key in ("best", "num_bad_epochs", "last_epoch")}
+        checkpoint.save(folder, tensors, state)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from the checkpoint, if there is one."""
+        found = checkpoint.load(folder)
+        if found is None:
+            return
+        tensors, state = found
+        for full, tensor in tensors.items():
+            key, _, name = full.rpartition("@")
+            like = self.trained[name]
+            if key:
+                self.optimizer.state[like][key] = tensor if key == "step" else tensor.to(like.device)
+            else:
+                like.data.copy_(tensor)
+        for key, value in state.get("plateau", {}).items():
+            setattr(self.plateau, key, value)
+        self.optimizer.param_groups[0]["lr"] = state["lr"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, Any]:
+    """Add the gradients of a batch, `micro` rows at a time, and return its losses."""
+    total: dict[str, Any] = {}
+    for part, share in _micro_batches(rows, micro):
+        for key, value in runner.backward(part, share).items():
+            if isinstance(value, dict):
+                before = total.get(key, {})
+                total[key] = {part: before.get(part, 0.0) + loss for part, loss in value.items()}
+            else:
+                total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def _micro_batches(rows: PackedRows, micro: int) -> Iterator[tuple[PackedRows, float]]:
+    """Parts of a batch with their shares of its labelled tokens."""
+    labelled = (rows.labels[:, 1:] != -100).sum(1).double()
+    for start in range(0, len(rows), micro):
+        yield rows[start : start + micro], float(labelled[start : start + micro].sum() / labelled.sum())
+
+
+def _clip(groups: list[list[nn.Parameter]], limit: float | None) -> float:
+    """Clip each group to `limit` and return the largest norm before it."""
+    norms = []
+    for group in groups:
+        if any(p.grad is not None for p in group):
+            norms.append(torch.nn.utils.clip_grad_norm_(group, math.inf if limit is None else limit))
+    return float(torch.stack(norms).max()) if norms else 0.0

@@ -1,0 +1,112 @@
+"""Fine-tuning on next-token cross-entropy: LoRA adapters, merged at the end, or all parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linearize.data import PackedRows
+from linearize.errors import LinearizeError
+from linearize.stages.adapters import add_lora, lora_parameters, merge_lora
+from linearize.stages.base import StageRunner
+
+TOKENS_PER_CHUNK = 1024
+MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+class FinetuneRunner(StageRunner):
+    """The stage on a whole model."""
+
+    def prepare(self) -> dict[str, nn.Parameter]:
+        """Choose what trains and return it by name."""
+        model = self.run.model
+        model.requires_grad_(False)
+        model.train()
+        if self.settings.train == "full":
+            model.float().requires_grad_(True)
+            trained = dict(model.named_parameters())
+        else:
+            add_lora(model, self.settings.lora)
+            model.requires_grad_(False)
+            trained = lora_parameters(model)
+        if self.settings.train_mixer:
+            trained.update({n: p for n, p in model.named_parameters() if ".self_attn.mixer." in n})
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return trained
+
+    def _states(self, inputs: dict[str, Tensor]) -> Tensor:
+        model = self.run.model
+        states: Tensor = model.get_decoder()(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+        ).last_hidden_state
+        return states
+
+    def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
+        """Add gradients of the mean cross-entropy; logits exist only a chunk of tokens at a time."""
+        inputs = rows.inputs(self.run.device)
+        targets = inputs["labels"][:, 1:]
+        chosen = targets != -100
+        targets = targets[chosen]
+        with self.run.precision():
+            states = self._states(inputs)
+        wanted = states[:, :-1][chosen]
+        leaf = wanted.detach().requires_grad_()
+        head = self.run.model.get_output_embeddings()
+        total = 0.0
+        for begin in range(0, len(targets), TOKENS_PER_CHUNK):
+            part = slice(begin, begin + TOKENS_PER_CHUNK)
+            with self.run.precision():
+                logits = head(leaf[part])
+            loss = F.cross_entropy(logits.float(), targets[part], reduction="sum") * (share / len(targets))
+            loss.backward()
+            total += float(loss.detach())
+        wanted.backward(leaf.grad)
+        return {"loss": total}
+
+    @torch.no_grad()
+    def held_out_loss(self, rows: PackedRows) -> float:
+        """Return the mean cross-entropy of the rows, each row with the same weight."""
+        head = self.run.model.get_output_embeddings()
+        losses = []
+        for index in range(len(rows)):
+            inputs = rows[index : index + 1].inputs(self.run.device)
+            with self.run.precision():
+                logits = head(self._states(inputs)[:, :-1])
+            losses.append(F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"][:, 1:].flatten()))
+        return float(torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Merge the adapters and make sure that the merged model says what the adapted one said.
+
+        Raises:
+            LinearizeError: the logits differ.
+        """
+        model = self.run.model
+        model.eval()
+        if self.settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()
+        if self.settings.train == "lora":
+            ids = self.run.corpus.held_out.input_ids[:1, :64].to(self.run.device, torch.long)
+            before = model(input_ids=ids, use_cache=False).logits.float()
+            merge_lora(model)
+            after = model(input_ids=ids, use_cache=False).logits.float()
+            worst, limit = float((after - before).abs().max()), MERGE_TOLERANCE[model.dtype]
+            if not worst <= limit * float(before.abs().max().clamp(min=1.0)):
+                raise LinearizeError(
+                    f"Merging the LoRA adapters changed logits by {worst:.3g}, of at most {before.abs().max():.3g}."
+                )
+        model.requires_grad_(False)
+
+    def changes(self, name: str) -> bool:
+        """Everything, or the adapted projections and, if they train, the mixers."""
+        if self.settings.train == "full":
+            return True
+        adapted = any(f".{target}." in name for target in self.settings.lora.targets)
+        return adapted or (self.settings.train_mixer and ".self_attn.mixer." in name)

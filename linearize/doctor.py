@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.backend import explain
-from linearize.kernels.gated_linear import gated_linear_attention
-from linearize.kernels.window import window_attention
 
 PACKAGES = ("linearize", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton", "gguf")
 SHAPE = {"batch": 2, "tokens": 67, "heads": 4, "groups": 2, "dim": 32}
@@ -44,15 +42,32 @@ class OpReport:
 
 
 def _gated_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    log_decay = torch.nn.functional.logsigmoid(k.float()) / 16
-    return gated_linear_attention(q.softmax(-1), k.softmax(-1), v, log_decay).o
+    from linearize.kernels.gated_linear import gated_linear_attention
+
+    return gated_linear_attention(q.softmax(-1), k.softmax(-1), v, _decay(k)).o
 
 
 def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.window import window_attention
+
     return window_attention(q, k, v, window=16, sinks=2).o
 
 
-OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"gated_linear": _gated_linear, "window": _window}
+def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.delta import gated_delta_rule
+
+    return gated_delta_rule(q, k, v, k[..., 0].sigmoid(), _decay(k), l2norm=True).o
+
+
+def _decay(k: Tensor) -> Tensor:
+    return torch.nn.functional.logsigmoid(k if k.dtype == torch.float64 else k.float()) / 16
+
+
+OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "gated_linear": _gated_linear,
+    "window": _window,
+    "delta": _delta,
+}
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,101 @@
+"""Recipes beside their controls: what a result owes to the window, to LoRA and data, and to the memory.
+
+Run by `make controls`. Every run goes on where it stopped, and a finished one is read, not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from linearize import api
+from linearize.data import Corpus, build_corpus
+from linearize.display import RunDisplay, quiet_libraries
+from linearize.eval import TeacherReference, evaluate
+from linearize.mixers.mixer import TokenMixer
+from linearize.recipe import Recipe
+from linearize.report import quality_cells, rich_table
+from linearize.report.table import markdown_table
+from linearize.teacher import load_teacher, resolve
+
+CONTROLS = ("control/softmax-lora", "control/window-only")
+
+
+def main() -> None:
+    """Run recipes and controls on the same data and tokens, and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--recipes", nargs="+", default=["liger", "lolcats"])
+    parser.add_argument("--output", type=Path, default=Path("out"))
+    parser.add_argument("overrides", nargs="*", default=[])
+    given = parser.parse_args()
+    quiet_libraries()
+    rows: list[dict[str, Any]] = []
+    for recipe in given.recipes:
+        rows += recipe_rows(given.model, recipe, given.output, given.overrides, with_teacher=not rows)
+    for control in CONTROLS:
+        result = run(given.model, control, given.output, given.overrides)
+        rows.append({**result["rows"][-1], "name": control, "control": True})
+    results = {"model": given.model, "recipe": ", ".join(given.recipes), "rows": rows}
+    Console(width=120).print(rich_table(quality_cells(results), f"{given.model}: recipes and controls"))
+    (given.output / "controls.json").write_text(json.dumps(results, indent=2))
+    (given.output / "controls.md").write_text(markdown_table(quality_cells(results)) + "\n")
+
+
+def run(model: str, recipe: str, output: Path, overrides: list[str]) -> dict[str, Any]:
+    """Return the results of a quick run, made now or before."""
+    return api.linearize(
+        model, recipe, folder_of(recipe, output), quick=True, overrides=overrides, watch=RunDisplay()
+    ).results
+
+
+def folder_of(recipe: str, output: Path) -> Path:
+    """Return where a recipe's run lies; `make demo` has made that of liger."""
+    return output / ("demo" if recipe == "liger" else recipe.replace("/", "-"))
+
+
+def recipe_rows(
+    model: str, recipe: str, output: Path, overrides: list[str], with_teacher: bool
+) -> list[dict[str, Any]]:
+    """Return a recipe's rows, with the row of its student whose memory is silenced behind them."""
+    results = run(model, recipe, output, overrides)
+    rows = [row for row in results["rows"] if row["name"] != "teacher" or with_teacher]
+    rows = [row if row["name"] == "teacher" else {**row, "name": f"{recipe} {row['name']}"} for row in rows]
+    teacher, tokenizer, _ = load_teacher(resolve(model), torch.float32, "cpu")
+    corpus = same_corpus(Recipe.resolve(recipe).prepare(quick=True, overrides=overrides), tokenizer, results)
+    reference = TeacherReference(teacher, corpus.held_out)
+    student = api.load(folder_of(recipe, output), dtype=torch.float32).eval()
+    silence_memory(student)
+    quality = evaluate(student, corpus.held_out, reference).row(f"{recipe} with its memory zeroed")
+    return [*rows, {**quality, "control": True}]
+
+
+def same_corpus(recipe: Recipe, tokenizer: Any, results: dict[str, Any]) -> Corpus:
+    """Return the run's own corpus, made again."""
+    length = recipe.data.length
+    tokens = sum(stage.steps(length) * stage.batch for stage in recipe.stages) * length
+    corpus = build_corpus(recipe.data, tokenizer, train_tokens=tokens, seed=results["provenance"]["seed"])
+    assert corpus.fingerprint == results["provenance"]["data"]["fingerprint"], "the run was made from other data"
+    return corpus
+
+
+def silence_memory(model: nn.Module) -> None:
+    """Let every mixer see a memory that holds nothing."""
+    for module in model.modules():
+        if isinstance(module, TokenMixer) and module.memory is not None:
+            module.combine.register_forward_pre_hook(_zero)
+
+
+def _zero(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    window, memory, normalizer = inputs
+    return window, torch.zeros_like(memory), None if normalizer is None else torch.zeros_like(normalizer)
+
+
+if __name__ == "__main__":
+    main()

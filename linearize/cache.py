@@ -25,7 +25,15 @@ class MixerCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = 0
 
     def advance(self, tokens: int) -> None:
-        """Count the tokens of a call, padding included."""
+        """Count the tokens of a call, padding included.
+
+        Raises:
+            ValueError: exact heads have no place left for them.
+        """
+        if self.max_length is not None and "exact_k" in self.tensors and self.seen + tokens > self.max_length:
+            raise ValueError(
+                f"The static cache has {self.max_length} places; {self.seen} are taken, and {tokens} tokens came."
+            )
         self.seen += tokens
         self.is_initialized = True
 
@@ -55,7 +63,9 @@ class MixerCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         raise TypeError("A linearized layer's cache takes no plain keys and values.")
 
     def reset(self) -> None:
-        """Forget everything and keep the buffers."""
+        """Forget everything; a static cache keeps its buffers."""
+        if self.max_length is None:
+            self.tensors.clear()
         for tensor in self.tensors.values():
             tensor.zero_()
         self.seen = 0

@@ -90,12 +90,12 @@ class LinearizedAttention(nn.Module):
         q, k, v = self.family.project(self, x, self.head_dim)
         q_rotated, k_rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
         cache = None if layer is None else layer.tensors
+        if layer is not None:
+            layer.advance(x.shape[1])
         exact, e, eh = None, self.exact_groups, self.exact_groups * self.repeat
         if self.exact is not None:
             places = None if layer is None else layer.max_length
             exact = self.exact(q_rotated[:, :, :eh], k_rotated[:, :, :e], v[:, :, :e], context, cache, places)
-        if layer is not None:
-            layer.advance(x.shape[1])
         if self.mixer is None:
             assert exact is not None
             return exact

@@ -20,6 +20,7 @@ from linearize.mixers.context import default_positions, sequence_context
 from linearize.registry import families
 
 STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_static", "offloaded_hybrid")
+FP32_MODULES = ("mixer.gate", "mixer.memory", "mixer.combine")
 
 
 class Classes(NamedTuple):
@@ -33,7 +34,12 @@ class Classes(NamedTuple):
 class LinearizedBase:
     """Mixed into the teacher's decoder: works out padding and documents once, and brings the right cache."""
 
+    _keep_in_fp32_modules_strict = FP32_MODULES
     config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        replace_attention(self, config)
 
     def forward(
         self,
@@ -86,7 +92,7 @@ class LinearizedLM:
     """Mixed into the teacher's causal language model."""
 
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ("mixer.gate", "mixer.memory", "mixer.combine")
+    _keep_in_fp32_modules_strict = FP32_MODULES
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -177,9 +183,10 @@ def classes_for(model_type: str) -> Classes:
 
 def register_all() -> None:
     """Let transformers' Auto classes load linearized models of every family."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     for model_type in families.names():
         made = classes_for(model_type)
         AutoConfig.register(made.config.model_type, made.config, exist_ok=True)  # type: ignore[attr-defined]
+        AutoModel.register(made.config, made.base, exist_ok=True)
         AutoModelForCausalLM.register(made.config, made.lm, exist_ok=True)

@@ -246,10 +246,10 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     writer.add_license("mit")
     writer.add_tokenizer_model("gpt2")
-    tokens = ["<unk>", "<s>", "</s>", "ab", *(chr(ord("a") + i) for i in range(26))]
+    tokens = ["<unk>", "<s>", "</s>", "ab", "abc", *(chr(ord("a") + i) for i in range(26))]
     tokens += [f"x{i}" for i in range(config.vocab_size - len(tokens))]
     writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")

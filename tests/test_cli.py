@@ -21,6 +21,7 @@ def run(*arguments: str) -> int:
 
 def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run a command that must fail with one paragraph and exit code 2; return the paragraph."""
+    capsys.readouterr()
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -275,3 +276,83 @@ def test_the_headline_runs_on_a_tiny_llama_in_its_cache(
     assert run("--model", "llama-3-8b", "--recipe", "liger", *words) == 0
     assert (tmp_path / "llama-3-8b-liger" / "model.safetensors").is_file()
     assert "after finetune" in capsys.readouterr().out
+
+
+BAD_RUNS = {
+    "unknown recipe": (["--recipe", "ligr"], "Did you mean 'liger'"),
+    "unknown key": (["data.lenght=64"], "Did you mean 'length'"),
+    "unknown part": (["mixer.feature_map=softmx"], "Did you mean 'softmax'"),
+    "wrong type": (["data.length=long"], "integer"),
+    "unknown model": (["--model", "smollm-135m"], "Did you mean 'smollm2-135m'"),
+    "empty folder": (["--model", "{folder}/empty"], "holds no model"),
+    "encoder": (["--model", "{folder}/encoder"], "encoder-only"),
+    "linearized": (["--model", "{folder}/linearized"], "already linearized"),
+    "truncated safetensors": (["--model", "{folder}/truncated"], "damaged"),
+    "no GGUF": (["--model", "{folder}/a.gguf"], "not a GGUF file"),
+    "missing data": (["--data", "{folder}/none.txt"], "none.txt"),
+    "empty data": (["--data", "{folder}/empty.txt"], "empty.txt"),
+    "too long": (["data.length=257"], "max_position_embeddings"),
+    "LoRA target": (["stages.1.lora.targets=[w_proj]"], "matches no linear layer"),
+    "tracker": (["--track", "excel"], "'excel'"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory: pytest.TempPathFactory, random_teacher) -> Path:
+    """A folder of things that are no teachers and no data."""
+    import json
+    import shutil
+
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty").mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "a.gguf").write_bytes(b"nothing of the kind")
+    random_teacher().save_pretrained(folder / "encoder")
+    for name in ("linearized", "truncated"):
+        shutil.copytree(folder / "encoder", folder / name)
+    config = json.loads((folder / "encoder" / "config.json").read_text())
+    (folder / "encoder" / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    (folder / "linearized" / "config.json").write_text(json.dumps({**config, "linearize": {"mixer": {}}}))
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
+@pytest.mark.parametrize("kind", BAD_RUNS)
+def test_a_bad_run_writes_nothing(
+    kind: str, capsys: pytest.CaptureFixture[str], bad_inputs: Path, tiny: str, tmp_path: Path, cache: Path
+) -> None:
+    changes, words = BAD_RUNS[kind]
+    command = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"]
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert run(*command, *(word.format(folder=bad_inputs) for word in changes)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_seen_before_the_run(
+    capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    message = refuse(
+        capsys, "--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"
+    )
+    assert "0.98 KiB free" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_is_not_ours_stays(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    words = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "mine"), "data.length=64"]
+    for fresh in ([], ["--fresh"]):
+        assert "was not written by linearize" in refuse(capsys, *words, *fresh)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+    assert [path.name for path in tmp_path.glob("mine*")] == ["mine"]

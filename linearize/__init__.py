@@ -1,7 +1,45 @@
-"""Convert pretrained Transformers into gated-linear and hybrid models.
+'''Convert pretrained Transformers into gated-linear and hybrid models.
 
 Importing this package imports neither torch nor transformers: every public name is loaded at its first use.
-"""
+
+A gate of your own in a recipe of your own, as a file that runs (tests/test_example.py runs it):
+
+```python
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import linearize
+from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
+
+
+@linearize.register_gate("key_length")
+class KeyLengthGate(Fp32Part):
+    """Forgets more at long keys: one log-decay per KV head and token."""
+
+    def __init__(self, shape: HeadShape, *, bias: float = 6.0) -> None:
+        super().__init__()
+        self.bias = fp32_parameter(shape.groups, value=bias)
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        return logsigmoid(self.bias - k.float().norm(dim=-1))
+
+
+recipe = linearize.Recipe(
+    name="key-length",
+    mixer=linearize.Mixer(
+        feature_map=linearize.Part(name="softmax"),
+        gate=linearize.Part(name="key_length", bias=5.0),
+        window=linearize.Window(size=32, sinks=2),
+    ),
+    stages=[linearize.Transfer(tokens=2_000, batch=4), linearize.Finetune(tokens=2_000, batch=4)],
+    data=linearize.Data(source="builtin", length=128, held_out=4),
+)
+print(linearize.plan("./teacher", recipe).stages)
+result = linearize.linearize("./teacher", recipe, output="out")
+print(result.results["rows"][-1])
+model = linearize.load("out")
+```
+'''
 
 from __future__ import annotations
 

@@ -1,0 +1,240 @@
+"""The whole path on a tiny teacher: what a run leaves, how it goes on after a kill, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.api import evaluate_folder, generate_text, linearize, load, plan
+from linearize.errors import LinearizeError
+from linearize.eval import kv_cache_bytes
+from linearize.recipe import Recipe
+
+FILES = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "modeling_linearized.py",
+    "recipe.lock.yaml",
+    "report.html",
+    "results.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture
+def teacher(make_teacher) -> str:
+    return str(make_teacher())
+
+
+def small(recipe: Recipe | str = "liger", tokens: int = 768) -> dict:
+    stages = len(Recipe.resolve(recipe).stages)
+    batches = [f"stages.{i}.{key}" for i in range(stages) for key in ("batch=2", "micro_batch=1")]
+    return {
+        "data": "builtin",
+        "tokens": tokens,
+        "overrides": ["data.length=64", "data.held_out=2", "data.loss=all", *batches],
+    }
+
+
+def test_a_run_leaves_a_checkpoint_with_everything_in_it(teacher, tmp_path) -> None:
+    result = linearize(teacher, "liger", tmp_path / "out", **small())
+    assert {path.name for path in result.output.iterdir()} == FILES
+    assert not (tmp_path / "out.partial").exists()
+    names = [row["name"] for row in result.results["rows"]]
+    assert names == ["teacher", "after surgery", "after transfer", "after finetune"]
+    assert result.results["rows"][-1]["tokens"] == sum(
+        s.steps(64) * 128 for s in plan(teacher, "liger", **small()).recipe.stages
+    )
+    records = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
+    assert {record["stage"] for record in records} == {"transfer", "finetune"}
+    model = load(result.output)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        cached = model(ids, use_cache=True).past_key_values
+    tokenizer = AutoTokenizer.from_pretrained(result.output)
+    assert tokenizer("abc").input_ids
+    student = next(row for row in plan(teacher, "liger", **small()).cache.values())[1]
+    assert cached.nbytes() == student
+
+
+def test_a_second_run_reads_the_first_and_a_changed_one_says_what_changed(teacher, tmp_path) -> None:
+    first = linearize(teacher, "control/window-only", tmp_path / "out", **small("control/window-only"))
+    again = linearize(teacher, "control/window-only", tmp_path / "out", **small("control/window-only"))
+    assert again.finished_before and again.results == first.results
+    with pytest.raises(LinearizeError, match=r"seed: 0 -> 1"):
+        linearize(teacher, "control/window-only", tmp_path / "out", seed=1, **small("control/window-only"))
+    fresh = linearize(
+        teacher, "control/window-only", tmp_path / "out", seed=1, fresh=True, **small("control/window-only")
+    )
+    assert not fresh.finished_before
+
+
+KILLED = """
+    import json, os, signal, sys
+    from linearize.api import linearize
+    from linearize.stages import base
+    base.SAVE_SECONDS = 0.0
+    countdown = int(sys.argv[3])
+
+    def watch(event):
+        global countdown
+        countdown -= 1
+        if countdown == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    linearize(sys.argv[1], "liger", sys.argv[2], watch=watch, **json.loads(sys.argv[4]))
+"""
+
+
+def run_killed(teacher: str, output: Path, at: int) -> None:
+    code = textwrap.dedent(KILLED)
+    command = [sys.executable, "-c", code, teacher, str(output), str(at), json.dumps(small())]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_killed_at_any_step_it_ends_with_the_same_weights(teacher, tmp_path) -> None:
+    """SIGKILL again and again, each run getting a few events further; the final file is equal to the bit."""
+    whole = linearize(teacher, "liger", tmp_path / "whole", **small()).output
+    for at in (6, 9, 13):
+        run_killed(teacher, tmp_path / "killed", at)
+    resumed = linearize(teacher, "liger", tmp_path / "killed", **small())
+    assert (whole / "model.safetensors").read_bytes() == (resumed.output / "model.safetensors").read_bytes()
+    steps = [
+        (r["stage"], r["step"]) for r in map(json.loads, (resumed.output / "metrics.jsonl").read_text().splitlines())
+    ]
+    assert steps == sorted(set(steps), key=lambda s: (s[0] == "finetune", s[1])) and len(steps) == 6
+
+
+def test_the_headline_command_with_a_tiny_llama_in_the_cache(cache, make_teacher, tmp_path, monkeypatch) -> None:
+    make_teacher("cache/models/llama-3-8b")
+    monkeypatch.chdir(tmp_path)
+    result = linearize("llama-3-8b", "liger", **small())
+    assert result.output == Path("llama-3-8b-liger")
+    assert result.results["model"] == "llama-3-8b"
+
+
+def test_the_headline_plan_needs_no_download(cache) -> None:
+    made = plan("llama-3-8b", "liger", device="cpu")
+    assert [layer.kind for layer in made.layers] == ["converted"] * 32
+    assert made.cache[1024][0] == 32 * 2 * 8 * 128 * 4 * 1024
+
+
+def test_planned_teacher_bytes_are_those_of_a_softmax_cache(teacher) -> None:
+    config = AutoModelForCausalLM.from_pretrained(teacher).config
+    assert plan(teacher, "liger", **small()).cache[8192][0] == kv_cache_bytes(config, 8192, torch.float32)
+
+
+def test_exact_heads_and_some_layers(teacher, tmp_path) -> None:
+    settings = small()
+    settings["overrides"] += ["layers=[1]", "exact_heads=[[1, 1]]"]
+    result = linearize(teacher, "liger", tmp_path / "out", **settings)
+    model = load(result.output)
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        first = model(ids[:, :30], use_cache=True)
+        rest = [model(ids[:, t : t + 1], past_key_values=first.past_key_values).logits for t in range(30, 50)]
+    torch.testing.assert_close(torch.cat([first.logits, *rest], 1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"overrides": ["data.length=512"]}, "context ends at 256"),
+        ({"overrides": ["stages.1.lora.targets=[q_prj]"]}, "q_prj"),
+        ({"overrides": ["exact_heads=[[0, 9]]"]}, "KV head 9"),
+        ({"overrides": ["mixer.gate=kye"]}, "Did you mean 'key'"),
+        ({"overrides": ["mixer.gate={name: key, normaliser: 2.0}"]}, "Did you mean 'normalizer'"),
+        ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"dtype": "fp8"}, "Unknown dtype"),
+        ({"track": "tensorbord"}, "Did you mean 'tensorboard'"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_leaves_nothing(teacher, tmp_path, changes, message) -> None:
+    settings = small()
+    settings["overrides"] += changes.get("overrides", [])
+    with pytest.raises(LinearizeError, match=message):
+        linearize(
+            teacher, "liger", tmp_path / "out", **{**settings, **{k: v for k, v in changes.items() if k != "overrides"}}
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_empty_data_is_refused_and_leaves_nothing(teacher, tmp_path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(LinearizeError, match=r"empty\.jsonl"):
+        linearize(teacher, "liger", tmp_path / "out", **{**small(), "data": str(tmp_path / "empty.jsonl")})
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(teacher, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    for fresh in (False, True):
+        with pytest.raises(LinearizeError, match="not written by linearize"):
+            linearize(teacher, "liger", tmp_path / "out", fresh=fresh, **small())
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_linearized_model_is_not_linearized_again(teacher, tmp_path) -> None:
+    done = linearize(teacher, "control/window-only", tmp_path / "out", **small("control/window-only")).output
+    with pytest.raises(LinearizeError, match="linearized"):
+        linearize(str(done), "liger", tmp_path / "twice", **small())
+
+
+def test_no_disk_space_is_found_before_the_run(teacher, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(LinearizeError, match="free"):
+        linearize(teacher, "liger", tmp_path / "out", **small())
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_two_runs_do_not_share_a_folder(teacher, tmp_path) -> None:
+    def watch(event) -> None:
+        if event["event"] == "stage":
+            with pytest.raises(LinearizeError, match="Another run"):
+                linearize(teacher, "liger", tmp_path / "out", **small())
+
+    linearize(teacher, "liger", tmp_path / "out", watch=watch, **small())
+
+
+def test_the_softmax_control_is_a_plain_checkpoint(teacher, tmp_path) -> None:
+    result = linearize(teacher, "control/softmax-lora", tmp_path / "out", **small("control/softmax-lora"))
+    assert [row["name"] for row in result.results["rows"]] == ["teacher", "after finetune"]
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (teacher, result.output))
+    assert before.keys() == after.keys()
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])
+    }
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_evaluate_and_generate_a_finished_folder(teacher, tmp_path) -> None:
+    result = linearize(teacher, "liger", tmp_path / "out", **small())
+    measured = evaluate_folder(result.output, against=teacher)["rows"]
+    assert [row["name"] for row in measured] == ["teacher", "out"]
+    assert measured[1]["perplexity"] == pytest.approx(result.results["rows"][-1]["perplexity"], rel=1e-5)
+    assert measured[1]["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)
+    text = "".join(generate_text(result.output, "abc", max_new_tokens=5))
+    assert isinstance(text, str)
+
+
+def test_a_push_uploads_the_finished_folder(teacher, tmp_path, monkeypatch) -> None:
+    pushed = []
+    monkeypatch.setattr("linearize.hub.push", lambda folder, repo: pushed.append((folder, repo)))
+    result = linearize(teacher, "liger", tmp_path / "out", push_to_hub="me/model", **small())
+    assert pushed == [(result.output, "me/model")]

@@ -134,6 +134,11 @@ def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
         The attention modules that were replaced, by layer.
     """
     settings = config.linearize
+    if settings is None:
+        raise LinearizeError(
+            f"This {type(config).__name__} has no `linearize` entry, so there is nothing to build; convert a teacher "
+            "with `linearize.surgery.convert`, or load a folder that `linearize` wrote."
+        )
     family = families.get(settings["model_type"])
     decoder = model.get_decoder()
     replaced, replacements = {}, {}
@@ -177,8 +182,18 @@ def classes_for(model_type: str) -> Classes:
     base = type(f"Linearized{stem}Model", (LinearizedBase, teacher_base), {**module, "config_class": config})
     lm = type(f"Linearized{stem}ForCausalLM", (LinearizedLM, teacher_lm), {**module, "config_class": config})
     _CLASSES[model_type] = Classes(config, base, lm)
+    _record_hidden_states(base, teacher_base)
     globals().update({c.__name__: c for c in _CLASSES[model_type]})
     return _CLASSES[model_type]
+
+
+def _record_hidden_states(base: type, teacher_base: Any) -> None:
+    """Let `output_hidden_states` work: transformers looks up by class name what a decoder can record."""
+    from transformers.utils import output_capturing
+
+    kept = {key: what for key, what in (teacher_base._can_record_outputs or {}).items() if key == "hidden_states"}
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(base), kept)
+    base._can_record_outputs = kept  # type: ignore[attr-defined]
 
 
 def register_all() -> None:

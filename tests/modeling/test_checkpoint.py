@@ -1,7 +1,9 @@
 """What a conversion leaves is a Hugging Face model: it loads with and without `linearize`, generates and trains."""
 
+import copy
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -362,6 +364,49 @@ def test_inner_padding_with_plain_positions_begins_no_document(student):
         ids[0, 9] = (ids[0, 9] + 1) % 61
         after = student(ids, attention_mask=mask, position_ids=torch.arange(40)[None]).logits[0, 16]
     assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_hidden_states_are_returned_after_a_teacher_returned_its_own(random_teacher):
+    model = random_teacher()
+    with torch.no_grad():
+        teacher = model(IDS, output_hidden_states=True).hidden_states
+        convert(model, {**LIGER, "window": {"size": 40, "sinks": 0}, "combine": {"name": "window_only"}})
+        out = model(IDS, output_hidden_states=True)
+        loaded = type(model)(model.config).eval()(IDS, output_hidden_states=True)
+    assert len(loaded.hidden_states) == len(out.hidden_states) == len(teacher) == 3
+    for got, expected in zip(out.hidden_states, teacher, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_configuration_without_its_entry_is_explained():
+    made = linearize.modeling.classes_for("llama")
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 11,
+        "intermediate_size": 8,
+    }
+    with pytest.raises(LinearizeError, match=r"linearize.*convert"):
+        made.lm(made.config(**sizes))
+
+
+def test_copies_and_pickles_are_the_same_model(student):
+    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert torch.equal(logits(other), logits(student))
+
+
+@pytest.mark.parametrize("mixer", [LIGER, LOLCATS])
+def test_a_decode_step_compiles_into_one_graph(make_student, mixer):
+    model = make_student(mixer)
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        cache = model(IDS[:, :10], use_cache=True).past_key_values
+        for t in range(10, 14):
+            got = step(
+                IDS[:, t : t + 1], past_key_values=cache, use_cache=True, position_ids=torch.full((2, 1), t)
+            ).logits
+            torch.testing.assert_close(got, model(IDS[:, : t + 1]).logits[:, -1:], rtol=0, atol=1e-4)
 
 
 def test_a_mask_that_is_no_padding_mask_is_refused(student):

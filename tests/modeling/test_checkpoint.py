@@ -409,6 +409,16 @@ def test_a_decode_step_compiles_into_one_graph(make_student, mixer):
             torch.testing.assert_close(got, model(IDS[:, : t + 1]).logits[:, -1:], rtol=0, atol=1e-4)
 
 
+def test_the_padding_free_collator_of_transformers_keeps_documents_apart(student):
+    from transformers import DataCollatorWithFlattening
+
+    documents = [IDS[0, :17], IDS[1, :23]]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": d.tolist()} for d in documents])
+    with torch.no_grad():
+        got = student(**batch).logits
+    torch.testing.assert_close(got, torch.cat([logits(student, d[None]) for d in documents], 1), rtol=0, atol=1e-4)
+
+
 def test_a_mask_that_is_no_padding_mask_is_refused(student):
     with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
         student(IDS, attention_mask=torch.ones(2, 1, 40, 40))

@@ -239,7 +239,7 @@ def test_prepare_orders_settings() -> None:
 
 
 def test_prepare_replaces_data() -> None:
-    liger = Recipe.from_yaml("liger")
+    liger = Recipe.from_yaml("paper/liger")
     other = liger.prepare(data="some/where").data
     assert (other.source, other.format, other.loss) == ("some/where", "auto", "response")
     assert liger.prepare(data="builtin").data.loss == "all"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linearize.errors import LinearizeError
 from linearize.kernels.backend import explain
 
 PACKAGES = ("linearize", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton", "gguf")
@@ -95,8 +96,14 @@ def check_op(op: str, device: torch.device | str, dtype: torch.dtype) -> OpRepor
         op: a name in `OPS`.
         device: where the inputs are.
         dtype: of the inputs.
+
+    Raises:
+        LinearizeError: `LINEARIZE_BACKEND` names no backend.
     """
-    backend, why = explain(op, device, dtype)
+    try:
+        backend, why = explain(op, device, dtype)
+    except ValueError as error:
+        raise LinearizeError(str(error)) from None
     generator = torch.Generator().manual_seed(0)
     size = (SHAPE["batch"], SHAPE["tokens"])
     q = torch.randn(*size, SHAPE["heads"], SHAPE["dim"], generator=generator).to(device, dtype)

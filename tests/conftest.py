@@ -80,7 +80,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def random_teacher() -> Callable[..., Any]:
-    """Build a model of two layers whose every parameter is random, biases and norms too: `random_teacher("qwen3", (9, 3), 80)`."""
+    """Build two layers whose every parameter is random, biases and norms too: `random_teacher("qwen3", (9, 3), 80)`."""
     import torch
     from transformers import AutoModelForCausalLM
 

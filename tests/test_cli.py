@@ -238,6 +238,12 @@ def test_doctor_finds_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeyp
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_doctor_with_an_unknown_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", "cuda")
+    assert run("doctor") == 2
+    assert "error: LINEARIZE_BACKEND='cuda' is unknown" in capsys.readouterr().err
+
+
 def test_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [

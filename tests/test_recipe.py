@@ -1,7 +1,7 @@
 """Recipes: YAML in and out, strictness, overrides, budgets, and what the packaged ones promise."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linearize import yaml_io
@@ -193,6 +193,7 @@ def test_wrong_overrides(recipe: Recipe, override: str, words: list[str]) -> Non
         assert word in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=5), st.integers(1000, 10**10))
 def test_token_budget_is_split_in_ratio(tokens: list[int], total: int) -> None:
     recipe = Recipe(name="r", stages=[Transfer(tokens=n) for n in tokens])
@@ -229,8 +230,8 @@ def test_assignment_is_validated(recipe: Recipe) -> None:
 
 def test_prepare_orders_settings() -> None:
     liger = Recipe.from_yaml("liger")
-    settings = ["quick.tokens=50_000", "data.length=128", "stages.0.batch=4"]
-    recipe = liger.prepare(quick=True, overrides=settings)
+    overrides = ["quick.tokens=50_000", "data.length=128", "stages.0.batch=4"]
+    recipe = liger.prepare(quick=True, overrides=overrides)
     assert sum(stage.tokens for stage in recipe.stages) == 50_000
     assert (recipe.data.source, recipe.data.length) == ("builtin", 128)
     assert [stage.batch for stage in recipe.stages] == [4, liger.quick.batch]

@@ -60,14 +60,26 @@ def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return gated_delta_rule(q, k, v, k[..., 0].sigmoid(), _decay(k), l2norm=True).o
 
 
+def _step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.gated_linear import gated_linear_step
+
+    state = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    q, k, decay = q.softmax(-1), k.softmax(-1), _decay(k)
+    steps = [gated_linear_step(q[:, t], k[:, t], v[:, t], decay[:, t], state)[0] for t in range(q.shape[1])]
+    return torch.stack(steps, 1)
+
+
 def _decay(k: Tensor) -> Tensor:
     return torch.nn.functional.logsigmoid(k if k.dtype == torch.float64 else k.float()) / 16
 
 
-OPS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "gated_linear": _gated_linear,
-    "window": _window,
-    "delta": _delta,
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Each op as a model calls it, and the op whose reference it must agree with.
+OPS: dict[str, tuple[Run, Run]] = {
+    "gated_linear": (_gated_linear, _gated_linear),
+    "window": (_window, _window),
+    "delta": (_delta, _delta),
+    "step": (_step, _gated_linear),
 }
 
 
@@ -102,19 +114,20 @@ def check_op(op: str, device: torch.device | str, dtype: torch.dtype) -> OpRepor
     """
     try:
         backend, why = explain(op, device, dtype)
-    except ValueError as error:
-        raise LinearizeError(str(error)) from None
+    except ValueError as unknown:
+        raise LinearizeError(str(unknown)) from None
     generator = torch.Generator().manual_seed(0)
     size = (SHAPE["batch"], SHAPE["tokens"])
     q = torch.randn(*size, SHAPE["heads"], SHAPE["dim"], generator=generator).to(device, dtype)
     k, v = (torch.randn(*size, SHAPE["groups"], SHAPE["dim"], generator=generator).to(device, dtype) for _ in "kv")
-    got = OPS[op](q, k, v).double().cpu()
-    expected = _by_reference(OPS[op], q, k, v)
+    run, reference = OPS[op]
+    got = run(q, k, v).double().cpu()
+    expected = _by_reference(reference, q, k, v)
     error = float((got - expected).abs().max() / expected.abs().max())
     return OpReport(op, backend, why, error, 1e-5 if dtype == torch.float32 and backend != "triton" else 2e-2)
 
 
-def _by_reference(run: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _by_reference(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return an op's output by the reference implementation, on fp64 copies of its inputs."""
     before = os.environ.get("LINEARIZE_BACKEND")
     os.environ["LINEARIZE_BACKEND"] = "reference"

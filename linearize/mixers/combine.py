@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels.window import WindowOutput
@@ -97,33 +98,37 @@ class Learned(Combine):
 class SharedSoftmax(Combine):
     """One numerator and one denominator over window and memory (LoLCATs, arXiv:2410.10254, eq. 7).
 
-    The window's weights are `factor * exp(score - largest score)`, the memory's `memory * phi(q) . phi(k)`.
+    The window's weights are `factor * exp(score - c)`, the memory's `memory * phi(q) . phi(k)`, where c is the largest
+    score in the window as published. With `shift: false` c is 0, so that both are on the scale of one softmax, whose
+    weights outside the window the features then stand for.
 
     Args:
         factor: starting value of the window factor, learned through a sigmoid per query head (LoLCATs: 0.1).
         memory: starting value of the memory's factor, learned through its logarithm; None fixes it at 1, as published.
+        shift: subtract the largest score.
     """
 
     shares_denominator = True
 
-    def __init__(self, shape: HeadShape, *, factor: float = 0.1, memory: float | None = None) -> None:
+    def __init__(
+        self, shape: HeadShape, *, factor: float = 0.1, memory: float | None = None, shift: bool = True
+    ) -> None:
         super().__init__()
         if not 0 < factor < 1:
             raise ValueError(f"`factor` must lie between 0 and 1, got {factor}.")
         if memory is not None and memory <= 0:
             raise ValueError(f"`memory` must lie above 0, got {memory}.")
+        self.shift = shift
         self.factor = fp32_parameter(shape.heads, value=math.log(factor / (1 - factor)))
         self.log_memory = None if memory is None else fp32_parameter(shape.heads, value=math.log(memory))
 
     def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         assert window is not None and memory is not None and normalizer is not None
-        empty = window.row_max == -torch.inf
-        mass = (window.lse - window.row_max).masked_fill(empty, -torch.inf).exp() * self.factor.sigmoid()
-        scale = 1.0 if self.log_memory is None else self.log_memory.exp()
-        numerator = mass[..., None] * window.o.float() + (memory.float() * self._column(scale))
-        denominator = mass + normalizer * scale
-        return (numerator / denominator.clamp(min=1e-12)[..., None]).to(window.o.dtype)
-
-    @staticmethod
-    def _column(scale: Tensor | float) -> Tensor | float:
-        return scale if isinstance(scale, float) else scale[:, None]
+        inside = window.lse - window.row_max if self.shift else window.lse
+        odds = F.logsigmoid(self.factor) + inside - normalizer.clamp(min=1e-20).log()
+        if self.log_memory is not None:
+            odds = odds - self.log_memory
+        share = odds.sigmoid().masked_fill(normalizer <= 0, 1.0).masked_fill(window.row_max == -torch.inf, 0.0)
+        share = share[..., None]
+        outside = memory.float() / normalizer.clamp(min=1e-20)[..., None]
+        return (share * window.o.float() + (1 - share) * outside).to(window.o.dtype)

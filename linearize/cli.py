@@ -37,7 +37,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished output f
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0, 2 for a user's mistake, 130 after Ctrl-C.
+    """Run the command line and exit: 0, 2 for a user's mistake, 1 or 130 where it was stopped.
 
     Args:
         arguments: what follows the program's name; those of this process by default.
@@ -51,9 +51,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
-        sys.exit(130)
     sys.exit(0)
 
 
@@ -136,6 +133,10 @@ def run(
             trust_remote_code=trust_remote_code,
             watch=display,
         )
+    except KeyboardInterrupt:
+        display.close()
+        typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
+        raise typer.Exit(130) from None
     finally:
         display.close()
     if result.finished_before:

@@ -272,6 +272,21 @@ def test_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tiny: str, tmp_
     assert capsys.readouterr().out
 
 
+def test_ctrl_c_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linearize import api
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "run_stage", stop)
+    words = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"]
+    assert run(*words) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "out.partial").is_dir()
+
+
 def test_the_headline_runs_on_a_tiny_llama_in_its_cache(
     capsys: pytest.CaptureFixture[str], cache: Path, make_teacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,0 +1,222 @@
+"""Stages on a tiny model: what trains, what stays, and that nothing but memory depends on how a batch is cut."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from linearize.data import Corpus, PackedRows
+from linearize.errors import LinearizeError
+from linearize.recipe import Finetune, Lora, Mixer, Optimizer, Stage, Transfer
+from linearize.stages import Run, run_stage
+from linearize.stages.base import learning_rate
+from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.transfer import TransferRunner
+from linearize.surgery import convert
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 61, (8, 48), generator=generator, dtype=torch.int32)
+    positions = torch.cat([torch.arange(20), torch.arange(28)]).int().expand(8, -1)
+    rows = PackedRows(ids, positions, torch.where(positions == 0, -100, ids))
+    return Corpus(rows, rows[:2], "", "", {})
+
+
+@pytest.fixture
+def make_run(random_teacher, corpus, tmp_path):
+    def make(mixer: Mixer | None = None, **options) -> Run:
+        model = random_teacher(**options)
+        surgery = None if mixer is None else convert(model, mixer.model_dump())
+        return Run(
+            model, surgery, corpus, tmp_path / "stages", 0, torch.device("cpu"), metrics=tmp_path / "metrics.jsonl"
+        )
+
+    return make
+
+
+LIGER = Mixer(
+    feature_map={"name": "softmax"},
+    gate={"name": "key", "bias": 2.0},
+    window={"size": 8, "sinks": 2},
+    combine={"name": "learned"},
+)
+FAST = Optimizer(lr=1e-2, warmup=0.0, schedule="constant")
+
+
+@pytest.mark.parametrize("train", ["mixer", "qk", "qkvo"])
+@pytest.mark.parametrize("target", ["before_o_proj", "after_o_proj"])
+def test_transfer_brings_mixers_nearer_and_leaves_the_teacher_as_it_was(make_run, train, target) -> None:
+    run = make_run(LIGER)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        model = run.surgery.undo()
+        before = model(ids).logits
+    run.surgery = convert(model, LIGER.model_dump())
+    settings = Transfer(tokens=48 * 2 * 30, batch=2, optimizer=FAST, train=train, target=target)
+    losses = []
+    run.progress = lambda record: losses.append(record["loss"])
+    run_stage(settings, run, "transfer")
+    assert sum(losses[-4:]) < 0.97 * sum(losses[:4])
+    with torch.no_grad():
+        assert torch.equal(run.surgery.undo()(ids).logits, before)
+
+
+def test_transfer_trains_each_layer_as_if_it_were_alone(make_run, corpus) -> None:
+    """The gradients of all layers in one pass are those of each layer's own loss on the teacher's input to it."""
+    run = make_run(LIGER)
+    runner = TransferRunner(Transfer(loss="mse"), run)
+    trained = runner.prepare()
+    runner.backward(corpus.train[:2], 1.0)
+    got = {name: p.grad.clone() for name, p in trained.items()}
+    seen = {}
+    teacher_side = run.model.get_decoder()
+    for index, layer in runner.layers.items():
+        layer.register_forward_pre_hook(lambda m, a, kw, i=index: seen.__setitem__(i, kw), with_kwargs=True)
+    runner._pass(corpus.train[:2], training=False)
+    for index, layer in runner.layers.items():
+        kwargs = seen[index]
+        x, context = kwargs.pop("hidden_states"), kwargs.pop("sequence_context")
+        heads = []
+        hook = layer.teacher.o_proj.register_forward_pre_hook(lambda m, a, heads=heads: heads.append(a[0]))
+        layer.teacher(x, **kwargs)
+        hook.remove()
+        made = layer.student.heads(x, kwargs["position_embeddings"], context).flatten(-2)
+        mixers = dict(layer.student.mixer.named_parameters())
+        wanted = torch.autograd.grad((made - heads[0]).square().mean(), list(mixers.values()))
+        for name, grad in zip(mixers, wanted, strict=True):
+            torch.testing.assert_close(got[f"layers.{index}.mixer.{name}"], grad, rtol=1e-4, atol=1e-7)
+    assert teacher_side.layers[0].self_attn is runner.layers[0].student
+
+
+def gradients(runner_class, settings, run, rows: PackedRows, micro: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    runner = runner_class(settings, run)
+    trained = runner.prepare()
+    weights = (rows.labels[:, 1:] != -100).sum(1).double()
+    for start in range(0, len(rows), micro):
+        runner.backward(rows[start : start + micro], float(weights[start : start + micro].sum() / weights.sum()))
+    return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+
+
+def test_how_a_batch_is_cut_does_not_change_gradients(make_run, corpus) -> None:
+    settings = Finetune(train_mixer=True)
+    whole = gradients(FinetuneRunner, settings, make_run(LIGER), corpus.train[:4], 4)
+    cut = gradients(FinetuneRunner, settings, make_run(LIGER), corpus.train[:4], 1)
+    assert whole.keys() == cut.keys()
+    for name, grad in whole.items():
+        torch.testing.assert_close(cut[name], grad, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_run, corpus) -> None:
+    plain = gradients(FinetuneRunner, Finetune(train_mixer=True), make_run(LIGER), corpus.train[:2], 2)
+    checkpointed = gradients(
+        FinetuneRunner, Finetune(train_mixer=True, gradient_checkpointing=True), make_run(LIGER), corpus.train[:2], 2
+    )
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, rtol=1e-5, atol=1e-8)
+
+
+def test_chunked_cross_entropy_is_the_mean_over_labels(make_run, corpus, monkeypatch) -> None:
+    monkeypatch.setattr("linearize.stages.finetune.TOKENS_PER_CHUNK", 7)
+    run = make_run(LIGER)
+    runner = FinetuneRunner(Finetune(train="full"), run)
+    trained = runner.prepare()
+    rows = corpus.train[:2]
+    loss = runner.backward(rows, 1.0)["loss"]
+    got = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    run.model.zero_grad()
+    inputs = rows.inputs()
+    logits = run.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+    wanted.backward()
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for name, grad in got.items():
+        torch.testing.assert_close(grad, dict(run.model.named_parameters())[name].grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", [None, LIGER])
+def test_lora_trains_only_its_targets_and_is_merged(make_run, mixer) -> None:
+    run = make_run(mixer)
+    before = {name: t.clone() for name, t in run.model.state_dict().items()}
+    lora = Lora(r=2, alpha=2.5, targets=["q_proj", "o_proj"])
+    run_stage(Finetune(tokens=48 * 4, batch=2, lora=lora, optimizer=FAST), run, "finetune")
+    after = run.model.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "o_proj"}
+
+
+def test_a_lora_target_that_matches_nothing_is_an_error(make_run) -> None:
+    with pytest.raises(LinearizeError, match="q_prj"):
+        run_stage(Finetune(lora=Lora(targets=["q_proj", "q_prj"])), make_run(LIGER), "finetune")
+
+
+def test_full_fine_tuning_trains_everything(make_run) -> None:
+    run = make_run(LIGER)
+    before = {name: t.clone() for name, t in run.model.state_dict().items()}
+    run_stage(Finetune(train="full", tokens=48 * 8, batch=2, optimizer=FAST), run, "finetune")
+    after = run.model.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_clipping_happens(make_run) -> None:
+    run = make_run(LIGER)
+    runner = FinetuneRunner(Finetune(), run)
+    trained = runner.prepare()
+    runner.backward(run.corpus.train[:2], 1.0)
+    from linearize.stages.base import _clip
+
+    limit = 1e-3
+    norm = _clip(runner.clip_groups(trained), limit)
+    assert norm > limit
+    left = torch.stack([p.grad.norm() for p in trained.values() if p.grad is not None]).norm()
+    assert float(left) == pytest.approx(limit, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_run) -> None:
+    run = make_run(LIGER)
+    run.model.get_decoder().layers[0].mlp.up_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(LinearizeError, match="Lower `optimizer"):
+        run_stage(Finetune(tokens=96, batch=2), run, "finetune")
+
+
+def test_learning_rates() -> None:
+    cosine = Stage(optimizer=Optimizer(lr=1.0, warmup=0.1, min_lr=0.1))
+    rates = [learning_rate(cosine, step, 100) for step in range(100)]
+    assert (
+        rates[0] == pytest.approx(1 / 11)
+        and rates[10] == 1.0
+        and rates == rates[:11] + sorted(rates[11:], reverse=True)
+    )
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    constant = Stage(optimizer=Optimizer(lr=1.0, warmup=0.0, schedule="constant"))
+    assert {learning_rate(constant, step, 100) for step in range(100)} == {1.0}
+
+
+def test_a_plateau_lowers_the_rate_and_survives_a_restart(make_run, monkeypatch) -> None:
+    monkeypatch.setattr("linearize.stages.base.PLATEAU_STEPS", 1)
+    monkeypatch.setattr("linearize.stages.base.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(FinetuneRunner, "held_out_loss", lambda self, rows: 1.0)
+    optimizer = Optimizer(lr=1e-3, schedule="plateau", warmup=0.0, min_lr=1e-5)
+    settings = Finetune(tokens=48 * 2 * 16, batch=2, optimizer=optimizer)
+    rates: list[float] = []
+
+    def stop_at(step: int):
+        def progress(record) -> None:
+            rates.append(record["lr"])
+            if record["step"] == step:
+                raise KeyboardInterrupt
+
+        return progress
+
+    run = make_run(LIGER)
+    run.progress = stop_at(8)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(settings, run, "finetune")
+    again = make_run(LIGER)
+    again.progress = stop_at(99)
+    run_stage(settings, again, "finetune")
+    assert rates[0] == 1e-3 and rates[-1] == pytest.approx(1e-4)
+    assert Path(again.metrics).read_text().count("\n") == 16

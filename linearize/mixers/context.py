@@ -27,6 +27,11 @@ class SequenceContext:
     lengths: Tensor | None = None
     starts: Tensor | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is no padding and no new document."""
+        return self.order is None and self.starts is None
+
     def pack(self, x: Tensor) -> Tensor:
         """Move the padding of x [B, T, ...] to the right."""
         if self.order is None:
@@ -57,7 +62,8 @@ def sequence_context(
 ) -> SequenceContext:
     """Read padding and documents from what transformers passes to a model.
 
-    A decode step (one token, with a cache) always goes on in its row's document: it is not searched for either.
+    In a compiled or captured decode step (one token, with a cache) no row may be padding or begin a document: what the
+    tensors hold cannot be read there.
 
     Args:
         batch: B.
@@ -65,14 +71,15 @@ def sequence_context(
         attention_mask: [B, past + T], 0 on padding; None where there is none.
         position_ids: [1 or B, T]; a document begins where they do not go on from token to token (by one, or by the
             padding between them), and behind a cache where they begin at 0.
-        cu_seqlens: cumulative document lengths [N + 1] over the flattened tokens, as `cu_seq_lens_q`.
+        cu_seqlens: cumulative document lengths [N + 1] over the flattened tokens, as `cu_seq_lens_q`. Behind a cache a
+            row's first segment goes on in the cached document.
         past: tokens in the cache, padding included.
 
     Raises:
         ValueError: the mask is not two-dimensional: mixers cannot serve arbitrary masks.
     """
     order, lengths = None, None
-    decodes = length == 1 and past > 0
+    decodes, traced = length == 1 and past > 0, _is_traced()
     if attention_mask is not None:
         if attention_mask.dim() != 2:
             raise ValueError(
@@ -80,14 +87,15 @@ def sequence_context(
                 "[batch, tokens] that marks padding."
             )
         real = attention_mask[:, -length:].bool()
-        if not decodes and (torch.compiler.is_compiling() or not bool(real.all())):
+        if not decodes if traced else not bool(real.all()):
             order = torch.argsort(~real, dim=1, stable=True)
             lengths = real.sum(1)
     context = SequenceContext(order, lengths)
     starts = None
     if cu_seqlens is not None:
-        starts = _document_starts(context.pack(_first_tokens(cu_seqlens, batch, length)))
-    elif position_ids is not None and not decodes:
+        if not decodes:
+            starts = _document_starts(context.pack(_first_tokens(cu_seqlens, batch, length, past)))
+    elif position_ids is not None and not (decodes and traced):
         positions = context.pack(position_ids.expand(batch, length))
         step = positions.diff(dim=1)
         goes_on = step == 1 if order is None else (step == 1) | (step == order.diff(dim=1))
@@ -95,7 +103,7 @@ def sequence_context(
         first = torch.cat([begins, ~goes_on], 1)
         if lengths is not None:
             first &= torch.arange(length, device=first.device) < lengths[:, None]
-        if torch.compiler.is_compiling() or bool(first.any()):
+        if traced or bool(first.any()):
             starts = _document_starts(first)
     return SequenceContext(order, lengths, starts)
 
@@ -109,16 +117,27 @@ def default_positions(
     """
     if cu_seqlens is not None:
         places = torch.arange(length, device=cu_seqlens.device)
-        return places - _document_starts(_first_tokens(cu_seqlens, batch, length)).clamp(min=0)
+        starts = _document_starts(_first_tokens(cu_seqlens, batch, length, past))
+        return places - torch.where(starts < 0, -past, starts)
     if attention_mask is not None and attention_mask.shape[-1] == past + length:
         return (attention_mask.bool().cumsum(1)[:, past:] - 1).clamp(min=0)
     return None
 
 
-def _first_tokens(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+def _first_tokens(cu_seqlens: Tensor, batch: int, length: int, past: int) -> Tensor:
     """[B, T]: where a document begins, from cumulative lengths [N + 1] over the flattened tokens."""
     first = torch.zeros(batch * length, dtype=torch.bool, device=cu_seqlens.device)
-    return first.index_fill(0, cu_seqlens[:-1].long().clamp(max=batch * length - 1), True).view(batch, length)
+    first = first.index_fill(0, cu_seqlens[:-1].long().clamp(max=batch * length - 1), True).view(batch, length)
+    if past:
+        first[:, 0] = False
+    return first
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or a CUDA graph records this call, so that no tensor's value may be read."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _document_starts(first: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class ExactAttention(nn.Module):
             cache["exact_length"] = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
             cache["exact_k"] = k.new_zeros(k.shape[0], capacity or 0, *k.shape[2:])
             cache["exact_v"] = v.new_zeros(v.shape[0], capacity or 0, *v.shape[2:])
-        if q.shape[1] == 1 and not fresh:
+        if q.shape[1] == 1 and context.is_plain and not fresh:
             return self._step(q, k, v, cache, capacity)
         q, k, v = (context.pack(t) for t in (q, k, v))
         mask = self._new_mask(q, context)

@@ -101,7 +101,8 @@ class TokenMixer(nn.Module):
             [B, T, H, D], 0 on padding.
         """
         with torch.autocast(x.device.type, enabled=False):  # autocast would round gates, weights and states to bf16
-            if cache and "length" in cache and x.shape[1] == 1:  # exact heads fill the same cache before
+            # Exact heads fill the same cache before, so that it may hold something and yet nothing of the mixer's.
+            if x.shape[1] == 1 and context.is_plain and cache is not None and "length" in cache:
                 q, k, q_rotated, k_rotated = (t[:, 0] for t in (*plain, *rotated))
                 out = self._step(x[:, 0], q, k, q_rotated, k_rotated, v[:, 0], cache)[:, None]
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +15,10 @@ import torch
 
 from linearize import workspace, yaml_io
 from linearize.checkpoint import write_text
-from linearize.data import Corpus, build_corpus
+from linearize.data import Corpus, build_corpus, evaluation_rows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
+from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, make_plan
 from linearize.recipe import Recipe
@@ -84,17 +86,9 @@ def prepare_job(
     trust_remote_code: bool = False,
 ) -> Job:
     """Resolve and check everything that can be checked without loading weights; see `linearize` for the arguments."""
-    chosen = Recipe.resolve(recipe)
-    if quick:
-        chosen = chosen.with_quick()
-    if data is not None:
-        chosen = chosen.with_overrides([f"data.source={data}", "data.format=auto"])
-    if tokens is not None:
-        chosen = chosen.with_tokens(tokens)
-    chosen = chosen.with_overrides(overrides)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise LinearizeError("--device cuda was asked for, but PyTorch sees no CUDA device here. Use --device cpu.")
+    chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
+    where = _device(device)
+    _check_backend()
     kind = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
@@ -146,13 +140,14 @@ def linearize(
     finished = workspace.finished_results(folder, job.settings(), fresh)
     if finished is not None:
         return Result(folder, finished, finished_before=True)
+    made = workspace.missing_parents(folder)
     work = workspace.open_work_folder(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk))
     with workspace.hold(work):
         try:
             results = _run(job, work, _watcher(watch, track, work))
         except LinearizeError:
             if not (work / STAGES).exists():  # nothing was trained: leave no trace of a run that cannot be made
-                shutil.rmtree(work)
+                workspace.discard(work, made)
             raise
         workspace.publish(work, folder)
     if push_to_hub is not None:
@@ -343,6 +338,26 @@ def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
     return tell
 
 
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LinearizeError(f"--device {name} is no device; use cpu, cuda or cuda:1.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise LinearizeError(f"--device {name} is not served; use cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LinearizeError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
+    return device
+
+
+def _check_backend() -> None:
+    name = os.environ.get("LINEARIZE_BACKEND", "")
+    if name and name not in BACKENDS:
+        raise UnknownNameError("backend", name, BACKENDS, "LINEARIZE_BACKEND")
+
+
 def _dtype(name: str) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
@@ -357,7 +372,7 @@ def evaluate_folder(
     data: str | None = None,
     rows: int | None = None,
     length: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Measure a finished folder on held-out text.
 
@@ -367,7 +382,7 @@ def evaluate_folder(
         data: source of the text; the run's own held-out documents by default.
         rows: how many rows; the run's own number by default.
         length: tokens a row; the run's own by default. Beyond the teacher's context rows are marked.
-        device: where to run.
+        device: where to run; the first GPU by default, else the CPU.
 
     Returns:
         `results` with the rows measured.
@@ -380,20 +395,26 @@ def evaluate_folder(
     changes = {"source": data, "format": "auto" if data else None, "held_out": rows, "length": length}
     spec = recipe.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
     tokenizer = AutoTokenizer.from_pretrained(path)
-    corpus = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=lock["settings"]["seed"])
+    if data is None:
+        held_out = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=lock["settings"]["seed"]).held_out
+    else:
+        held_out = evaluation_rows(spec, tokenizer)
+    where = _device(device)
     measured = []
     reference = None
     if against is not None:
-        teacher, _, _ = load_teacher(resolve(against), torch.float32, device)
-        reference = TeacherReference(teacher, corpus.held_out)
+        teacher, _, _ = load_teacher(resolve(against), torch.float32, where)
+        reference = TeacherReference(teacher, held_out)
         measured.append(reference.quality.row("teacher"))
         del teacher
-    model = load(path, dtype=torch.float32).to(device).eval()
-    measured.append(evaluate(model, corpus.held_out, reference).row(path.name))
+    model = load(path, dtype=torch.float32).to(where).eval()
+    measured.append(evaluate(model, held_out, reference).row(path.name))
     return {"model": lock["settings"]["model"], "recipe": recipe.name, "rows": measured}
 
 
-def generate_text(folder: str | Path, prompt: str, *, max_new_tokens: int = 128, device: str = "cpu") -> Iterator[str]:
+def generate_text(
+    folder: str | Path, prompt: str, *, max_new_tokens: int = 128, device: str | None = None
+) -> Iterator[str]:
     """Yield a greedy continuation of `prompt` by the model in a finished folder, piece by piece."""
     import threading
 
@@ -401,9 +422,10 @@ def generate_text(folder: str | Path, prompt: str, *, max_new_tokens: int = 128,
 
     path = workspace.checkpoint_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = load(path, dtype="auto").to(device).eval()
+    where = _device(device)
+    model = load(path, dtype="auto").to(where).eval()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(where)
     options = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
     thread = threading.Thread(target=model.generate, kwargs=options, daemon=True)
     thread.start()

@@ -77,6 +77,18 @@ def open_work_folder(output: Path, settings: dict[str, Any], fresh: bool, check:
     return work
 
 
+def missing_parents(output: Path) -> list[Path]:
+    """Return the folders above `output` that do not exist, innermost first."""
+    return [parent for parent in output.absolute().parents if not parent.exists()]
+
+
+def discard(work: Path, made: list[Path]) -> None:
+    """Remove a work folder and the folders above it that were made for it."""
+    shutil.rmtree(work)
+    for parent in made:
+        parent.rmdir()
+
+
 @contextlib.contextmanager
 def hold(work: Path) -> Iterator[None]:
     """Keep other runs out of the work folder.

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from linearize import api
 from linearize.data import Corpus, build_corpus
 from linearize.display import RunDisplay, quiet_libraries
 from linearize.eval import TeacherReference, evaluate
-from linearize.mixers.mixer import TokenMixer
+from linearize.eval.controls import memory_silenced
 from linearize.recipe import Recipe
 from linearize.report import quality_cells, rich_table
 from linearize.report.table import markdown_table
@@ -71,9 +70,9 @@ def recipe_rows(
     corpus = same_corpus(Recipe.resolve(recipe).prepare(quick=True, overrides=overrides), tokenizer, results)
     reference = TeacherReference(teacher, corpus.held_out)
     student = api.load(folder_of(recipe, output), dtype=torch.float32).eval()
-    silence_memory(student)
-    quality = evaluate(student, corpus.held_out, reference).row(f"{recipe} with its memory zeroed")
-    return [*rows, {**quality, "control": True}]
+    with memory_silenced(student):
+        quality = evaluate(student, corpus.held_out, reference)
+    return [*rows, {**quality.row(f"{recipe} with its memory zeroed"), "control": True}]
 
 
 def same_corpus(recipe: Recipe, tokenizer: Any, results: dict[str, Any]) -> Corpus:
@@ -83,18 +82,6 @@ def same_corpus(recipe: Recipe, tokenizer: Any, results: dict[str, Any]) -> Corp
     corpus = build_corpus(recipe.data, tokenizer, train_tokens=tokens, seed=results["provenance"]["seed"])
     assert corpus.fingerprint == results["provenance"]["data"]["fingerprint"], "the run was made from other data"
     return corpus
-
-
-def silence_memory(model: nn.Module) -> None:
-    """Let every mixer see a memory that holds nothing."""
-    for module in model.modules():
-        if isinstance(module, TokenMixer) and module.memory is not None:
-            module.combine.register_forward_pre_hook(_zero)
-
-
-def _zero(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    window, memory, normalizer = inputs
-    return window, torch.zeros_like(memory), None if normalizer is None else torch.zeros_like(normalizer)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,8 @@ class LinearizedAttention(nn.Module):
         cache = None if layer is None else layer.tensors
         if layer is not None:
             layer.advance(x.shape[1])
-        exact, e, eh = None, self.exact_groups, self.exact_groups * self.repeat
+        exact: Tensor | None = None
+        e, eh = self.exact_groups, self.exact_groups * self.repeat
         if self.exact is not None:
             places = None if layer is None else layer.max_length
             exact = self.exact(q_rotated[:, :, :eh], k_rotated[:, :, :e], v[:, :, :e], context, cache, places)

@@ -13,7 +13,7 @@ With `linearize` installed:
 ```python
 import linearize
 
-model, tokenizer = linearize.load("{place}")
+model = linearize.load("{place}")
 ```
 
 With transformers alone (the checkpoint brings its own modeling code):

@@ -311,8 +311,8 @@ GATES = {
 }
 
 
-def _shared(scores, values, memory, weight, p, factor=0.1, memory_factor=None):
-    mass = p["factor"].sigmoid()[:, None] * (scores - scores.amax(-1, keepdim=True)).exp()
+def _shared(scores, values, memory, weight, p, shift=True):
+    mass = p["factor"].sigmoid()[:, None] * (scores - scores.amax(-1, keepdim=True) * shift).exp()
     scale = p["log_memory"].exp() if "log_memory" in p else torch.ones(len(memory)).double()
     above = (mass[..., None] * values).sum(1) + scale[:, None] * memory
     return above / (mass.sum(-1) + scale * weight)[:, None]
@@ -326,10 +326,12 @@ COMBINES = {
     "window_only": lambda scores, values, memory, weight, p: _softmax(scores, values),
     "memory_only": lambda scores, values, memory, weight, p: memory,
     "average": lambda scores, values, m, weight, p, memory=0.5: (1 - memory) * _softmax(scores, values) + memory * m,
-    "learned": lambda scores, values, m, weight, p, **_: (
+    "learned": lambda scores, values, m, weight, p, window=1.0, memory=0.1: (
         p["window"][:, None] * _softmax(scores, values) + p["memory"][:, None] * m
     ),
-    "shared_softmax": lambda scores, values, m, weight, p, **_: _shared(scores, values, m, weight, p),
+    "shared_softmax": lambda scores, values, m, weight, p, factor=0.1, memory=None, shift=True: _shared(
+        scores, values, m, weight, p, shift
+    ),
 }
 
 

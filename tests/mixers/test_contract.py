@@ -179,11 +179,12 @@ def check_padding_and_decode(model, length):
         "prefill in chunks, then decode": lambda: chunked(
             model, ids, [3, 14, prompt - 17], attention_mask=mask.bool(), position_ids=positions
         ),
-        "steps of one token, padding too": lambda: chunked(
-            model, ids, [1], attention_mask=mask, position_ids=positions
-        ),
         "the same without position_ids": lambda: chunked(model, ids, [3, prompt - 3], attention_mask=mask),
     }
+    if length < 60:  # the long rows of the recipes would take minutes
+        forms["steps of one token, padding too"] = lambda: chunked(
+            model, ids, [1], attention_mask=mask, position_ids=positions
+        )
     for name, run in forms.items():
         with torch.no_grad():
             got = run()
@@ -211,8 +212,9 @@ def check_packing(model, length):
     prompt = length - 9
     got = chunked(model, ids, [5, length // 3 - 5, prompt - length // 3], position_ids=positions)
     assert_close(got, alone, "packed prefill in chunks, one beginning with a document, then decode")
-    steps = chunked(model, ids, [1], position_ids=positions)
-    assert_close(steps, alone, "documents that begin in decode steps")
+    if length < 60:
+        steps = chunked(model, ids, [1], position_ids=positions)
+        assert_close(steps, alone, "documents that begin in decode steps")
     mask = torch.cat([torch.zeros(2, 4, dtype=torch.long), torch.ones_like(ids)], 1)
     padded = (F.pad(ids, (4, 0)), F.pad(positions, (4, 0)))
     with torch.no_grad():

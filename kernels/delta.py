@@ -3,8 +3,8 @@
 Legend: B batch, T tokens, H query heads, G KV heads (H = G * R), K key dim, V value dim, C chunk, N chunks.
 Layout [B, T, heads, dim]. The state lives per KV head; k, v, beta and gates are never repeated to the query heads.
 
-Chunked (WY) form. With w_t = beta_t (v_t - k_t^T diag(exp g_t) S_{t-1}) the rule is gated linear attention with w for v.
-In a chunk, w solves the unit lower triangular system (I + L) w = beta (v - (k exp gc) S), with
+Chunked (WY) form. With w_t = beta_t (v_t - k_t^T diag(exp g_t) S_{t-1}) the rule is gated linear attention with w for
+v. In a chunk, w solves the unit lower triangular system (I + L) w = beta (v - (k exp gc) S), with
 L_tj = beta_t k_t exp(gc_t - gc_j) k_j for j < t, where gc sums the chunk's gates and S is the state before the chunk.
 """
 
@@ -86,7 +86,7 @@ def gated_delta_rule(
             q, k, v, beta, log_decay, scale=scale, starts=starts, initial_state=initial_state
         )
         return LinearOutput(o.to(v.dtype), None, state.float(), None)
-    return _chunked(q, k, v, beta, log_decay, scale, starts, initial_state)
+    return _delta_chunked(q, k, v, beta, log_decay, scale, starts, initial_state)
 
 
 def gated_delta_step(
@@ -136,7 +136,7 @@ def _unit(x: Tensor) -> Tensor:
     return x * length.rsqrt()
 
 
-def _chunked(
+def _delta_chunked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -154,7 +154,8 @@ def _chunked(
 
     def split(x: Tensor) -> Tensor:
         """[B, T, G, D] -> fp32 [B, G, N, C, D]"""
-        return F.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, CHUNK)).movedim(3, 1)
+        parts: Tensor = F.pad(x.float(), (0, 0, 0, 0, 0, pad)).unflatten(1, (chunks, CHUNK)).movedim(3, 1)
+        return parts
 
     queries = split(q).unflatten(1, (groups, heads // groups)) * scale  # [B, G, R, N, C, K]
     keys, values, strength = split(k), split(v), split(beta[..., None])

@@ -49,6 +49,8 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
             f"`{where}.normalize` (or a shared denominator) needs features of at least 0, which "
             f"`{where}.feature_map: {mixer['feature_map']['name']}` does not give; use softmax or hedgehog."
         )
+    if combine.uses_memory:
+        _check_memory(mixer, found, normalizes, where)
     if (
         combine.uses_memory
         and getattr(found["gate"], "per_channel", False)
@@ -64,6 +66,21 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
         raise LinearizeError(f"`{where}.output_norm` normalizes the memory's output, and this mixer has no memory.")
     with torch.random.fork_rng(devices=[]):
         TokenMixer(HeadShape(2, 1, 64, 64), mixer, 1.0)  # parts check the values of their options as they are built
+
+
+def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool, where: str) -> None:
+    """Check that a memory gets the keys that it is stable for, and is not asked for weights that it does not have."""
+    name = mixer["memory"]["name"]
+    if normalizes and not getattr(found["memory"], "normalizes", True):
+        raise LinearizeError(
+            f"`{where}.memory: {name}` has no sum of weights, which `{where}.normalize` or `{where}.combine: "
+            f"{mixer['combine']['name']}` divides by; set `{where}.output_norm: true` and another combine."
+        )
+    if getattr(found["memory"], "needs_unit", False) and not getattr(found["feature_map"], "unit", False):
+        raise LinearizeError(
+            f"`{where}.memory: {name}` grows without bound on keys longer than 1, which `{where}.feature_map: "
+            f"{mixer['feature_map']['name']}` may give; use l2norm or softmax."
+        )
 
 
 def _check_part(registry: Registry[type], part: dict[str, Any], where: str) -> Any:

@@ -3,7 +3,7 @@
 Legend: B batch, T tokens, J heads (query or KV), D head dim, F features. Every map is a module
 `map(x [..., J, D]) -> [..., J, F]`, built once for the queries and once for the keys. Its `feature_dim` is F, and
 `positive` says whether all features are at least 0, which a normalizer needs; `widens`, that the features are not the D
-channels themselves, so that no gate per channel fits.
+channels themselves, so that no gate per channel fits; `unit`, that no head's features are longer than 1.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class SoftmaxMap(nn.Module):
     """Softmax over the head dimension (Liger, arXiv:2503.01496)."""
 
     positive = True
+    unit = True
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -48,6 +49,7 @@ class L2NormMap(nn.Module):
     """Each head divided by its Euclidean norm (DeltaNet, arXiv:2406.06484)."""
 
     positive = False
+    unit = True
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()

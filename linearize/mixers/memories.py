@@ -4,16 +4,20 @@ Legend: B batch, T tokens, H query heads, G KV heads, K features, V value dim.
 
 A memory sees a *stream*: a dict of per-token tensors [B, T, G, ...] that holds `k`, `v`, `g` (log-decay, where there is
 a gate) and whatever else the memory computes from the layer's input in `prepare`. A token whose stream is all zero
-must leave the state as it is: that is how padding, sinks and tokens still inside a disjoint window stay out.
+must leave the state as it is: that is how padding, sinks and tokens still inside a disjoint window stay out. A memory
+that has no sum of weights to divide by says `normalizes = False`; one that is stable only for keys of length 1 at most
+says `needs_unit`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.kernels.delta import gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
-from linearize.mixers.parts import Fp32Part, HeadShape
+from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
 from linearize.registry import memories
 
 Stream = dict[str, Tensor]
@@ -81,3 +85,71 @@ class AdditiveMemory(Fp32Part):
         return gated_linear_step(
             q, stream["k"], stream["v"], stream.get("g"), state["state"], state.get("norm"), scale=self.scale
         )
+
+
+@memories.register("delta")
+class DeltaMemory(Fp32Part):
+    """`S_t = (I - b_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + b_t k_t v_t^T`: DeltaNet, Gated DeltaNet, KDA.
+
+    A key writes over what it wrote before (arXiv:2406.06484; with decay arXiv:2412.06464, eq. 10; with a decay per
+    channel arXiv:2510.26692, eq. 1). The write strength is `b_t = sigmoid(x_t W + c)` per KV head.
+
+    Args:
+        scale: factor on the outputs.
+        bias: starting value of c. W starts at zero, so 0.0 gives every token b = 0.5 at first.
+        negative: b lies in (0, 2) instead of (0, 1): a token can turn what its key holds around (arXiv:2411.12537).
+    """
+
+    normalizes = False
+    needs_unit = True
+
+    def __init__(
+        self,
+        shape: HeadShape,
+        feature_dim: int,
+        normalize: bool,
+        *,
+        scale: float = 1.0,
+        bias: float = 0.0,
+        negative: bool = False,
+    ) -> None:
+        super().__init__()
+        if normalize:
+            raise ValueError("it has no sum of weights that its output could be divided by.")
+        self.scale = scale
+        self.strength = 2.0 if negative else 1.0
+        self.state_shape = (shape.groups, feature_dim, shape.head_dim)
+        self.state_names = ("state",)
+        self.weight = fp32_parameter(shape.groups, shape.hidden)
+        self.bias = fp32_parameter(shape.groups, value=bias)
+
+    def prepare(self, x: Tensor) -> Stream:
+        """Return the write strengths, `beta` [..., G] in fp32, of the layer's input [..., hidden]."""
+        return {"beta": self.strength * F.linear(x.float(), self.weight, self.bias).sigmoid()}
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        """Return an empty state in fp32."""
+        return {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=device)}
+
+    def forward(
+        self, q: Tensor, stream: Stream, starts: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """Run over all tokens; arguments and results as in `AdditiveMemory.forward`, without sums of weights."""
+        out = gated_delta_rule(
+            q,
+            stream["k"],
+            stream["v"],
+            stream["beta"],
+            stream.get("g"),
+            scale=self.scale,
+            starts=starts,
+            initial_state=None if state is None else state["state"],
+        )
+        return out.o, None, {"state": out.state}
+
+    def step(self, q: Tensor, stream: Stream, state: State) -> tuple[Tensor, Tensor | None]:
+        """Run over one token [B, heads, ...]; `state` is updated in place."""
+        out = gated_delta_step(
+            q, stream["k"], stream["v"], stream["beta"], stream.get("g"), state["state"], scale=self.scale
+        )
+        return out, None

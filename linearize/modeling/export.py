@@ -29,6 +29,7 @@ MODULES = (
     "linearize.registry",
     "linearize.kernels.backend",
     "linearize.kernels.gated_linear",
+    "linearize.kernels.delta",
     "linearize.kernels.window",
     "linearize.mixers.parts",
     "linearize.mixers.feature_maps",

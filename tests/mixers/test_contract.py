@@ -337,6 +337,10 @@ COMBINES = {
 }
 
 
+def _beta(x, p, scale=1.0, bias=0.0, negative=False):
+    return (x @ p["weight"].T + p["bias"]).sigmoid() * (2 if negative else 1)
+
+
 def options(part):
     return {key: value for key, value in part.items() if key != "name"}
 
@@ -364,13 +368,18 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
         state = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
         norm = torch.zeros(groups * repeat, phi_k.shape[-1]).double()
         scale = spec["memory"].get("scale", 1.0)
+        beta = _beta(x, of("memory"), **options(spec["memory"])) if spec["memory"]["name"] == "delta" else None
     outputs = []
     for t in range(length):
         memory = weight = scores = seen = None
         if has_memory:
             s = t - delay
             if s >= 0 and (not delay or s >= sinks):
-                state = keep[s][..., None] * state + phi_k[s][..., None] * values[s][:, None]
+                state = keep[s][..., None] * state
+                new = values[s]
+                if beta is not None:
+                    new = beta[s][:, None] * (new - torch.einsum("gkv,gk->gv", state, phi_k[s]))
+                state = state + phi_k[s][..., None] * new[:, None]
                 norm = keep[s] * norm + phi_k[s]
             memory = scale * torch.einsum("hk,hkv->hv", phi_q[t], state[owners])
             weight = scale * (phi_q[t] * norm[owners]).sum(-1)
@@ -446,10 +455,30 @@ def test_random_mixer_is_its_recurrence(mixer, shape):
             ("feature_map", FEATURES),
             ("gate", GATES),
             ("combine", COMBINES),
-            ("memory", ("additive",)),
+            ("memory", ("additive", "delta")),
         )
     ):
         check_naive(mixer, *shape, (9, 37))
+
+
+# Combinations that no recipe has and random draws seldom hit.
+VARIANTS = {
+    "delta, negative eigenvalues": {"memory": {"name": "delta", "negative": True}, "gate": "fixed"},
+    "delta, decay per channel": {"memory": {"name": "delta", "bias": 1.0}, "gate": "key", "output_norm": True},
+    "delta, disjoint": {"memory": "delta", "gate": "scalar", "window": {"size": 5, "sinks": 2}, "overlap": False},
+    "delta, alone": {"memory": "delta", "window": None, "combine": "memory_only", "k_map_heads": "query"},
+}
+
+
+@pytest.mark.parametrize(("name", "heads"), zip(VARIANTS, itertools.cycle(HEADS)))
+def test_variant_is_its_recurrence_and_keeps_the_contract(converted, make_mixer, name, heads):
+    spec = make_mixer(**{"feature_map": "l2norm", "window": {"size": 7, "sinks": 3}, **VARIANTS[name]})
+    check_mixer(spec)
+    check_naive(spec, heads, 16, (23, 70))
+    model = converted(spec, heads, 16)
+    check_padding_and_decode(model, 40)
+    check_packing(model, 40)
+    check_causal(model, 20)
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -76,7 +76,14 @@ def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool
             f"`{where}.memory: {name}` has no sum of weights, which `{where}.normalize` or `{where}.combine: "
             f"{mixer['combine']['name']}` divides by; set `{where}.output_norm: true` and another combine."
         )
-    if getattr(found["memory"], "needs_unit", False) and not getattr(found["feature_map"], "unit", False):
+    if not getattr(found["memory"], "needs_unit", False):
+        return
+    if getattr(found["gate"], "writes_keys", False):
+        raise LinearizeError(
+            f"`{where}.memory: {name}` grows without bound on keys longer than 1, which `{where}.gate: "
+            f"{mixer['gate']['name']}` writes; use another gate."
+        )
+    if not getattr(found["feature_map"], "unit", False):
         raise LinearizeError(
             f"`{where}.memory: {name}` grows without bound on keys longer than 1, which `{where}.feature_map: "
             f"{mixer['feature_map']['name']}` may give; use l2norm or softmax."

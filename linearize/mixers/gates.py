@@ -3,6 +3,9 @@
 Legend: B batch, T tokens, G KV heads, D head dim. Every gate is a module
 `gate(x [..., hidden], k [..., G, D]) -> None | [..., G] | [..., G, D]` in fp32, where x is the layer's input and k the
 teacher's keys before the rotary embedding. A gate of the second shape, one decay per channel, sets `per_channel`.
+
+A gate that is tied to what is written sets `writes_keys` and has `keys(k [..., G, D]) -> [..., G, D]`: the memory
+writes these in the place of the feature map of the keys.
 """
 
 from __future__ import annotations
@@ -86,6 +89,40 @@ class ScalarGate(Fp32Part):
 
     def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
         return F.logsigmoid(F.linear(x.float(), self.weight, self.bias)) / self.normalizer
+
+
+@gates.register("hgrn2")
+class Hgrn2Gate(Fp32Part):
+    """Keep `sigmoid(k)` per key channel and write the rest, `1 - sigmoid(k)`, as the key (HGRN2, arXiv:2404.07904).
+
+    The key projection is the gate, as in Liger (arXiv:2503.01496); there is no lower bound.
+    """
+
+    per_channel = True
+    writes_keys = True
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        return F.logsigmoid(k.float())
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Return what the memory writes, `1 - sigmoid(k)`, in k's dtype."""
+        return torch.sigmoid(-k.float()).to(k.dtype)
+
+
+@gates.register("key_softplus")
+class KeySoftplusGate(Fp32Part):
+    """The key projection in Mamba-2's form, a log-decay of `-softplus(k)` per key channel (Liger, arXiv:2503.01496)."""
+
+    per_channel = True
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        return -F.softplus(k.float())
 
 
 def _positive(normalizer: float) -> float:

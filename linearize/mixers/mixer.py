@@ -118,7 +118,8 @@ class TokenMixer(nn.Module):
         k = k_rotated if self.rotary else k_plain
         if self.repeat > 1:
             k, v, k_plain = (t.repeat_interleave(self.repeat, -2) for t in (k, v, k_plain))
-        stream = {"k": self.k_map(k), "v": v, **self.memory.prepare(x)}
+        written = self.gate.keys(k_plain) if getattr(self.gate, "writes_keys", False) else self.k_map(k)
+        stream = {"k": written, "v": v, **self.memory.prepare(x)}
         log_decay = self.gate(x, k_plain)
         if log_decay is not None:
             stream["g"] = log_decay

@@ -307,6 +307,8 @@ GATES = {
     "none": lambda x, k, p: torch.zeros_like(k[..., :1]),
     "fixed": _fixed,
     "key": lambda x, k, p, normalizer=16.0, bias=None: F.logsigmoid(k + p.get("bias", 0.0)) / normalizer,
+    "hgrn2": lambda x, k, p: (1 / (1 + (-k).exp())).log(),
+    "key_softplus": lambda x, k, p: -(1 + k.exp()).log(),
     "scalar": lambda x, k, p, normalizer=1.0, bias=6.0: (F.logsigmoid(x @ p["weight"].T + p["bias"]) / normalizer)[
         ..., None
     ],
@@ -365,6 +367,8 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
         phi = FEATURES[spec["feature_map"]["name"]]
         phi_q, phi_k = phi((rotated if spec["rotary"] else plain)[0], of("q_map")), phi(k, of("k_map"))
         keep = GATES[spec["gate"]["name"]](x, k_gate, of("gate"), **options(spec["gate"])).exp()
+        if spec["gate"]["name"] == "hgrn2":
+            phi_k = 1 - keep
         state = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
         norm = torch.zeros(groups * repeat, phi_k.shape[-1]).double()
         scale = spec["memory"].get("scale", 1.0)
@@ -466,6 +470,7 @@ VARIANTS = {
     "delta, negative eigenvalues": {"memory": {"name": "delta", "negative": True}, "gate": "fixed"},
     "delta, decay per channel": {"memory": {"name": "delta", "bias": 1.0}, "gate": "key", "output_norm": True},
     "delta, disjoint": {"memory": "delta", "gate": "scalar", "window": {"size": 5, "sinks": 2}, "overlap": False},
+    "hgrn2, normalized": {"feature_map": "softmax", "gate": "hgrn2", "normalize": True, "rotary": True},
     "delta, alone": {"memory": "delta", "window": None, "combine": "memory_only", "k_map_heads": "query"},
 }
 

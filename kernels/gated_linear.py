@@ -15,7 +15,7 @@ from torch import Tensor
 from linearize.kernels.backend import select
 
 CHUNK = 64
-SUB_CHUNK = 16
+SUB_CHUNK = 8
 
 
 class LinearOutput(NamedTuple):
@@ -84,11 +84,12 @@ def gated_linear_attention(
         starts = starts_from_cu_seqlens(cu_seqlens, q.shape[1])
     backend = select("gated_linear", q)
     if backend == "triton":
-        from linearize.kernels.gated_linear_triton import gated_linear_triton
+        from linearize.kernels.gated_linear_triton import gated_linear_triton, supported
 
-        return LinearOutput(
-            *gated_linear_triton(q, k, v, log_decay, scale, with_normalizer, starts, initial_state, initial_norm)
-        )
+        if supported(q, v):
+            return LinearOutput(
+                *gated_linear_triton(q, k, v, log_decay, scale, with_normalizer, starts, initial_state, initial_norm)
+            )
     if backend == "reference":
         from linearize.kernels.reference import gated_linear_reference
 
@@ -124,6 +125,10 @@ def gated_linear_step(
     Returns:
         o [B, H, V] in v's dtype, and the normalizer [B, H] in fp32 or None.
     """
+    if select("step", q) == "triton":
+        from linearize.kernels.step_triton import gated_linear_step_triton
+
+        return gated_linear_step_triton(q, k, v, log_decay, state, state_norm, scale)
     batch, heads, key_dim = q.shape
     groups = k.shape[1]
     if log_decay is not None:

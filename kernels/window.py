@@ -113,6 +113,11 @@ def window_step(
     Returns:
         o [B, H, V], log-sum-exp [B, H], largest score [B, H].
     """
+    if select("step", q) == "triton":
+        from linearize.kernels.step_triton import window_step_triton
+
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return WindowOutput(*window_step_triton(q, k_ring, v_ring, sink_k, sink_v, length, scale))
     window = k_ring.shape[1]
     slot = torch.arange(window, device=q.device)
     visible = slot <= length[:, None]

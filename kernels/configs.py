@@ -1,0 +1,115 @@
+"""The static table of tile sizes, warps and pipeline stages of the Triton kernels; nothing is tuned at run time.
+
+Legend: C chunk, K key dim, V value dim, R query heads of a KV head. Chosen by `scripts/tune_kernels.py` on an H100.
+Entries are compiled in `tests/kernels` for sm_80 and sm_90, and gradient-checked on the GPU by
+`scripts/bench_kernels.py --check`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch: block of key dims, block of value dims, warps, pipeline stages."""
+
+    key: int
+    value: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The launches of `gated_linear_attention`, forward and backward."""
+
+    chunk: int
+    states: Tile
+    outputs: Tile
+    state_grads: Tile
+    value_grads: Tile
+    key_grads: Tile
+
+
+def _power(x: int) -> int:
+    return max(16, 1 << (x - 1).bit_length())
+
+
+@cache
+def gated_linear_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int) -> Tiles | None:
+    """Return the tiles for one shape, or None where no kernel serves it.
+
+    Args:
+        dtype: of q, k, v.
+        key_dim: K.
+        value_dim: V.
+        pairs: B * G, the number of states.
+        repeat: R.
+    """
+    key, value = _power(key_dim), _power(value_dim)
+    wide = max(key, value)
+    if wide > 256 or (wide > 128 and dtype != torch.bfloat16):
+        return None
+    half = dtype == torch.bfloat16
+    wide_enough = pairs * (key // min(key, 32)) * (value // min(value, 64)) >= 100
+    state = (min(32, key), min(64 if wide_enough else 32, value))
+    grad = state
+    if not half:
+        return Tiles(
+            chunk=32,
+            states=Tile(*state, stages=2),
+            outputs=Tile(key, min(value, 64), stages=1),
+            state_grads=Tile(*grad, stages=1),
+            value_grads=Tile(key, min(value, 64), stages=1),
+            key_grads=Tile(min(key, 32), value, stages=1),
+        )
+    columns = min(value, 128 if wide <= 128 else 64)
+    return Tiles(
+        chunk=64,
+        states=Tile(*state, stages=3),
+        outputs=Tile(key, columns, warps=4 if wide <= 128 else 8, stages=1),
+        state_grads=Tile(*grad, stages=2 if repeat * sum(grad) <= 512 else 1),
+        value_grads=Tile(key, columns, warps=4 if wide <= 128 else 8, stages=1),
+        key_grads=Tile(min(key, 64), value, stages=1),
+    )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One launch over blocks of queries and keys."""
+
+    queries: int
+    keys: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class WindowTiles:
+    """The launches of `window_attention`, forward and backward."""
+
+    forward: Blocks
+    query_grads: Blocks
+    key_grads: Blocks
+
+
+@cache
+def window_tiles(dtype: torch.dtype, key_dim: int, value_dim: int) -> WindowTiles:
+    """Return the tiles for one shape.
+
+    Args:
+        dtype: of q, k, v.
+        key_dim: K.
+        value_dim: V.
+    """
+    wide = max(_power(key_dim), _power(value_dim))
+    if dtype == torch.float32:
+        small = Blocks(32, 32, stages=1)
+        return WindowTiles(forward=small, query_grads=small, key_grads=small)
+    if wide > 128:
+        return WindowTiles(Blocks(64, 32), Blocks(64, 32, stages=1), Blocks(32, 64, warps=8, stages=1))
+    return WindowTiles(forward=Blocks(64, 32), query_grads=Blocks(64, 64), key_grads=Blocks(64, 64))

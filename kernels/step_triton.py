@@ -1,0 +1,273 @@
+"""One decode step of window attention, of gated linear memory, or of both, in one launch.
+
+Legend: B batch, H query heads, G KV heads, R = H // G, K key dim, V value dim, W ring slots, S sinks, N block of slots.
+Programs of one KV head share nothing: some own a block of the state's value columns, read it once, update it in place
+and read it out for the R query heads; one more walks the ring. All sizes are known without a sync, so that the launch
+can be captured in a CUDA graph.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearize.kernels.launch import Launch, run
+
+
+@triton.jit
+def _softmax_block(q, k_N, v_N, visible, acc, top, total, scale, PREC: tl.constexpr):
+    s = tl.where(visible[None, :], tl.dot(q, tl.trans(k_N), input_precision=PREC) * scale, -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    p = tl.exp(s - shift[:, None])
+    keep = tl.exp(top - shift)
+    acc = tl.dot(p.to(v_N.dtype), v_N, acc * keep[:, None], input_precision=PREC)
+    return acc, new_top, total * keep + tl.sum(p, 1)
+
+
+@triton.jit
+def _step(
+    q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
+    q_m, k_m, v_m, gate, state, norm, o_m, sums,
+    G, W, S, scale_w, scale_m,
+    q_w_b, q_w_h, k_w_b, k_w_h, v_w_b, v_w_h, k_r_b, k_r_s, k_r_h, v_r_b, v_r_s, v_r_h,
+    k_s_b, k_s_s, k_s_h, v_s_b, v_s_s, v_s_h, q_m_b, q_m_h, k_m_b, k_m_h, v_m_b, v_m_h, g_b, g_h,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    FULL_V: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
+    MEMORY: tl.constexpr, WINDOW: tl.constexpr, WRITE: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr,
+    NORM: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    part, pair = tl.program_id(0), tl.program_id(1)
+    b, g = (pair // G).to(tl.int64), pair % G
+    ks = tl.arange(0, BK)
+    in_k = ks < K
+    if part < NV:
+        if MEMORY:
+            vs = part * BV + tl.arange(0, BV)
+            in_v = vs < V
+            tile = pair.to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
+            in_tile = in_k[:, None] & in_v[None, :]
+            s = tl.load(state + tile, mask=in_tile, other=0.0)
+            key = tl.load(k_m + b * k_m_b + g * k_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+            value = tl.load(v_m + b * v_m_b + g * v_m_h + vs, mask=in_v, other=0.0).to(tl.float32)
+            decay = tl.full([BK], 1.0, tl.float32)
+            if GATE == 1:
+                decay *= tl.exp(tl.load(gate + b * g_b + g * g_h).to(tl.float32))
+            elif GATE == 2:
+                decay = tl.exp(tl.load(gate + b * g_b + g * g_h + ks, mask=in_k, other=0.0).to(tl.float32))
+            s = s * decay[:, None] + key[:, None] * value[None, :]
+            tl.store(state + tile, s, mask=in_tile)
+            for r in tl.static_range(R):
+                q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32) * scale_m
+                out = tl.sum(q[:, None] * s, 0)
+                tl.store(o_m + (b * G * R + g * R + r) * V + vs, out.to(o_m.dtype.element_ty), mask=in_v)
+            if NORM:  # noqa: SIM102
+                if part == 0:
+                    z = tl.load(norm + pair * K + ks, mask=in_k, other=0.0) * decay + key
+                    tl.store(norm + pair * K + ks, z, mask=in_k)
+                    for r in tl.static_range(R):
+                        q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+                        tl.store(sums + b * G * R + g * R + r, tl.sum(q * z, 0) * scale_m)
+    else:
+        if WINDOW:
+            cols = tl.arange(0, FULL_V)
+            in_cols = cols < V
+            head = tl.arange(0, ROWS)
+            n = tl.arange(0, N)
+            past = tl.load(length + b)
+            q_R = tl.load(
+                q_w + b * q_w_b + (g * R + head)[:, None] * q_w_h + ks[None, :],
+                mask=(head < R)[:, None] & in_k[None, :],
+                other=0.0,
+            )
+            acc = tl.zeros([ROWS, FULL_V], tl.float32)
+            top = tl.full([ROWS], -float("inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            new = past % W
+            if WRITE:
+                new_k = tl.load(k_w + b * k_w_b + g * k_w_h + ks, mask=in_k, other=0.0)
+                new_v = tl.load(v_w + b * v_w_b + g * v_w_h + cols, mask=in_cols, other=0.0)
+                top = tl.sum(q_R.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale_w
+                total += 1.0
+                acc += new_v.to(tl.float32)[None, :]
+                tl.store(k_ring + b * k_r_b + new * k_r_s + g * k_r_h + ks, new_k, mask=in_k)
+                tl.store(v_ring + b * v_r_b + new * v_r_s + g * v_r_h + cols, new_v, mask=in_cols)
+                if SINKS:
+                    skip = tl.where(
+                        past < S, 0, K + V
+                    )  # added to an index, it masks the store of a token past the sinks
+                    tl.store(sink_k + b * k_s_b + past * k_s_s + g * k_s_h + ks, new_k, mask=ks + skip < K)
+                    tl.store(sink_v + b * v_s_b + past * v_s_s + g * v_s_h + cols, new_v, mask=cols + skip < V)
+            if SINKS:
+                for n_0 in range(0, S, N):
+                    a = n_0 + n
+                    visible = (a < S) & (a <= past - W)
+                    at = a.to(tl.int64)[:, None]
+                    k_N = tl.load(
+                        sink_k + b * k_s_b + at * k_s_s + g * k_s_h + ks[None, :],
+                        mask=visible[:, None] & in_k[None, :],
+                        other=0.0,
+                    )
+                    v_N = tl.load(
+                        sink_v + b * v_s_b + at * v_s_s + g * v_s_h + cols[None, :],
+                        mask=visible[:, None] & in_cols[None, :],
+                        other=0.0,
+                    )
+                    acc, top, total = _softmax_block(q_R, k_N, v_N, visible, acc, top, total, scale_w, PREC)
+            for n_0 in range(0, tl.minimum(past + 1, W).to(tl.int32), N):
+                a = n_0 + n
+                visible = (a < W) & (a <= past)
+                if WRITE:
+                    visible = visible & (a != new)
+                at = a.to(tl.int64)[:, None]
+                k_N = tl.load(
+                    k_ring + b * k_r_b + at * k_r_s + g * k_r_h + ks[None, :],
+                    mask=visible[:, None] & in_k[None, :],
+                    other=0.0,
+                )
+                v_N = tl.load(
+                    v_ring + b * v_r_b + at * v_r_s + g * v_r_h + cols[None, :],
+                    mask=visible[:, None] & in_cols[None, :],
+                    other=0.0,
+                )
+                acc, top, total = _softmax_block(q_R, k_N, v_N, visible, acc, top, total, scale_w, PREC)
+            row = b * G * R + g * R + head
+            tl.store(
+                o_w + row[:, None] * V + cols[None, :],
+                (acc / total[:, None]).to(o_w.dtype.element_ty),
+                mask=(head < R)[:, None] & in_cols[None, :],
+            )
+            tl.store(lse + row, top + tl.log(total), mask=head < R)
+            tl.store(row_max + row, top, mask=head < R)
+
+
+def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if x is None else x.stride()[:dims]
+
+
+def _unit_stride(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _run(
+    q_w: Tensor | None, k_w: Tensor | None, v_w: Tensor | None, k_ring: Tensor | None, v_ring: Tensor | None,
+    sink_k: Tensor | None, sink_v: Tensor | None, length: Tensor | None, q_m: Tensor | None, k_m: Tensor | None,
+    v_m: Tensor | None, gate: Tensor | None, state: Tensor | None, norm: Tensor | None, scale_w: float, scale_m: float,
+    write: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q_w, k_w, v_w, q_m, k_m, v_m = (_unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
+    q = q_m if q_w is None else q_w
+    keys = k_m if k_ring is None else k_ring
+    values = v_m if v_ring is None else v_ring
+    for name, x in (("state", state), ("norm", norm)):
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} is updated in place and must be contiguous; got strides {x.stride()}.")
+    B, H, K = q.shape
+    G, V = keys.shape[-2], values.shape[-1]
+    memory, window = state is not None, k_ring is not None
+    o_w, lse, row_max, o_m, sums = _outputs(q, values, norm, memory, window)
+    full_v = max(16, triton.next_power_of_2(V))
+    block_v = min(32, full_v)
+    parts = triton.cdiv(V, block_v) if memory else 0
+    if gate is not None and gate.dim() == 1:
+        gate = gate.expand(B, G)
+    args = (
+        q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
+        q_m, k_m, v_m, gate, state, norm, o_m, sums,
+        G, k_ring.shape[1] if window else 1, 0 if sink_k is None else sink_k.shape[1], scale_w, scale_m,
+        *_strides(q_w, 2), *_strides(k_w, 2), *_strides(v_w, 2), *_strides(k_ring, 3), *_strides(v_ring, 3),
+        *_strides(sink_k, 3), *_strides(sink_v, 3), *_strides(q_m, 2), *_strides(k_m, 2), *_strides(v_m, 2),
+        *_strides(gate, 2),
+    )  # fmt: skip
+    constants = {
+        "R": H // G, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "BV": block_v, "NV": parts,
+        "FULL_V": full_v, "ROWS": max(16, triton.next_power_of_2(H // G)), "N": 32, "MEMORY": memory, "WINDOW": window,
+        "WRITE": write, "SINKS": sink_k is not None, "GATE": 0 if gate is None else gate.dim() - 1,
+        "NORM": norm is not None, "PREC": "tf32x3",
+    }  # fmt: skip
+    run([Launch(_step, (parts + int(window), B * G, 1), args, constants, warps=4, stages=2)])
+    return o_w, lse, row_max, o_m, sums
+
+
+def _outputs(
+    q: Tensor, values: Tensor, norm: Tensor | None, memory: bool, window: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, H, _ = q.shape
+    V = values.shape[-1]
+    rows = (B, H) if window else (0,)
+    return (
+        q.new_empty((B, H, V) if window else (0,)),
+        q.new_empty(rows, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+        values.new_empty((B, H, V) if memory else (0,)),
+        q.new_empty((B, H) if norm is not None else (0,), dtype=torch.float32),
+    )
+
+
+_op = torch.library.custom_op(
+    "linearize::step", _run, mutates_args=("state", "norm", "k_ring", "v_ring", "sink_k", "sink_v")
+)
+
+
+def _launch(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.linearize.step(*arguments) if torch.compiler.is_compiling() else _run(*arguments)
+
+
+@_op.register_fake
+def _(q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, state, norm, scale_w, scale_m, write):
+    q = q_m if q_w is None else q_w
+    return _outputs(q, v_m if v_ring is None else v_ring, norm, state is not None, k_ring is not None)
+
+
+def gated_linear_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, norm: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Run `gated_linear_step` (see there for shapes) in one launch."""
+    _, _, _, o, sums = _launch(
+        None, None, None, None, None, None, None, None, q, k, v, log_decay, state, norm, 1.0, scale, False
+    )
+    return o, None if norm is None else sums
+
+
+def window_step_triton(
+    q: Tensor,
+    k_ring: Tensor,
+    v_ring: Tensor,
+    sink_k: Tensor | None,
+    sink_v: Tensor | None,
+    length: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `window_step` (see there for shapes) in one launch."""
+    o, lse, row_max, _, _ = _launch(
+        q, None, None, k_ring, v_ring, sink_k, sink_v, length, None, None, None, None, None, None, scale, 1.0, False
+    )
+    return o, lse, row_max
+
+
+def hybrid_step_triton(
+    q_w: Tensor, k_w: Tensor, v_w: Tensor, k_ring: Tensor, v_ring: Tensor, sink_k: Tensor | None, sink_v: Tensor | None,
+    length: Tensor, q_m: Tensor, k_m: Tensor, v_m: Tensor, log_decay: Tensor | None, state: Tensor, norm: Tensor | None,
+    scale_w: float, scale_m: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Run `hybrid_step` (see there for shapes) in one launch."""
+    o_w, lse, row_max, o_m, sums = _launch(
+        q_w,
+        k_w,
+        v_w,
+        k_ring,
+        v_ring,
+        sink_k,
+        sink_v,
+        length,
+        q_m,
+        k_m,
+        v_m,
+        log_decay,
+        state,
+        norm,
+        scale_w,
+        scale_m,
+        True,
+    )
+    return o_w, lse, row_max, o_m, None if norm is None else sums

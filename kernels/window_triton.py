@@ -1,0 +1,408 @@
+"""Triton kernels of sliding-window softmax attention with sinks on grouped KV heads, forward and backward.
+
+Legend: B batch, T tokens, H query heads, G KV heads, R = H // G, K key dim, V value dim, W window, M block of queries,
+N block of keys. Layout [B, T, heads, dim]; `first` is the first visible token of a query, at least 0.
+
+A program of the forward, and of the pass for dq, owns M queries of one query head, and walks the key blocks that its
+window reaches, after the sinks of the document of its first query (a later document's sinks lie inside the reach).
+The pass for dk and dv owns N keys of one KV head and walks the queries of all its R query heads that can see them, so
+that nothing is repeated and no atomics are needed: two runs are equal to the bit. `row_max` is differentiable: the
+forward keeps where it was reached.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linearize.kernels.configs import Blocks, window_tiles
+from linearize.kernels.launch import Launch, compile_all, is_new, run
+
+
+@triton.jit
+def _attend(q, k_p, v_p, k_t, v_t, j, i, first, limit, acc, top, total, arg, in_k, in_v, scale,
+            W: tl.constexpr, S: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """One block of keys j [N] of the online softmax; `limit` is one past the last key that counts here."""
+    k_N = tl.load(k_p, mask=(j < limit)[:, None] & in_k[None, :], other=0.0)
+    s = tl.dot(q, tl.trans(k_N), input_precision=PREC) * scale
+    near = i[:, None] - j[None, :] < W
+    if S > 0:
+        near = near | (j[None, :] - first[:, None] < S)
+    visible = (j[None, :] <= i[:, None]) & (j[None, :] >= first[:, None]) & (j < limit)[None, :] & near
+    s = tl.where(visible, s, -float("inf"))
+    block_top = tl.max(s, 1)
+    new_top = tl.maximum(top, block_top)
+    at = tl.max(tl.where(visible & (s == block_top[:, None]), j[None, :], -1), 1)
+    arg = tl.where(block_top > top, at, arg)
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    p = tl.exp(s - shift[:, None])
+    keep = tl.exp(top - shift)
+    total = total * keep + tl.sum(p, 1)
+    v_N = tl.load(v_p, mask=(j < limit)[:, None] & in_v[None, :], other=0.0)
+    acc = tl.dot(p.to(v_N.dtype), v_N, acc * keep[:, None], input_precision=PREC)
+    return acc, new_top, total, arg
+
+
+@triton.jit(do_not_specialize=["T", "G"])
+def _forward_kernel(
+    q, k, v, starts, o, lse, row_max, row_arg, T, G, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    h, i_m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = G * R
+    begin = i_m * M
+    i = begin + tl.arange(0, M)
+    n = tl.arange(0, N)
+    ks, vs = tl.arange(0, BK), tl.arange(0, BV)
+    in_k, in_v, in_t = ks < K, vs < V, i < T
+    k += b * k_b + (h // R) * k_h + ks[None, :]
+    v += b * v_b + (h // R) * v_h + vs[None, :]
+    q_M = tl.load(
+        q + b * q_b + h * q_h + i.to(tl.int64)[:, None] * q_t + ks[None, :],
+        mask=in_t[:, None] & in_k[None, :],
+        other=0.0,
+    )
+    first = tl.zeros([M], tl.int32)
+    base = begin * 0
+    if STARTS:
+        first = tl.maximum(tl.load(starts + b * T + i, mask=in_t, other=T).to(tl.int32), 0)
+        base = tl.maximum(tl.load(starts + b * T + begin).to(tl.int32), 0)
+    low = tl.maximum(begin - W + 1, base) // N * N
+    acc = tl.zeros([M, BV], tl.float32)
+    top = tl.full([M], -float("inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    arg = tl.full([M], -1, tl.int32)
+    if S > 0:
+        limit = tl.minimum(base + S, low)
+        for j_0 in range(base, limit, N):
+            j = j_0 + n
+            rows = j.to(tl.int64)[:, None]
+            acc, top, total, arg = _attend(
+                q_M, k + rows * k_t, v + rows * v_t, k_t, v_t, j, i, first, limit, acc, top, total, arg, in_k, in_v,
+                scale, W, S, PREC,
+            )  # fmt: skip
+    for j_0 in range(low, tl.minimum(begin + M, T), N):
+        j = j_0 + n
+        rows = j.to(tl.int64)[:, None]
+        acc, top, total, arg = _attend(
+            q_M, k + rows * k_t, v + rows * v_t, k_t, v_t, j, i, first, T, acc, top, total, arg, in_k, in_v,
+            scale, W, S, PREC,
+        )  # fmt: skip
+    safe = tl.where(total > 0, total, 1.0)
+    row = (b * T + i) * H + h
+    tl.store(
+        o + row[:, None] * V + vs[None, :],
+        (acc / safe[:, None]).to(o.dtype.element_ty),
+        mask=in_t[:, None] & in_v[None, :],
+    )
+    tl.store(lse + row, tl.where(total > 0, top + tl.log(safe), -float("inf")), mask=in_t)
+    tl.store(row_max + row, top, mask=in_t)
+    tl.store(row_arg + row, arg, mask=in_t)
+
+
+@triton.jit
+def _query_block(q, do, k_p, v_p, j, i, first, limit, lse, delta, d_max, arg, dq, in_k, in_v, scale,
+                 W: tl.constexpr, S: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Add one block of keys to dq (before the factor `scale`)."""
+    k_N = tl.load(k_p, mask=(j < limit)[:, None] & in_k[None, :], other=0.0)
+    v_N = tl.load(v_p, mask=(j < limit)[:, None] & in_v[None, :], other=0.0)
+    s = tl.dot(q, tl.trans(k_N), input_precision=PREC) * scale
+    near = i[:, None] - j[None, :] < W
+    if S > 0:
+        near = near | (j[None, :] - first[:, None] < S)
+    visible = (j[None, :] <= i[:, None]) & (j[None, :] >= first[:, None]) & (j < limit)[None, :] & near
+    p = tl.where(visible, tl.exp(s - lse[:, None]), 0.0)
+    dp = tl.dot(do, tl.trans(v_N), input_precision=PREC)
+    ds = p * (dp - delta[:, None]) + tl.where(j[None, :] == arg[:, None], d_max[:, None], 0.0)
+    return tl.dot(ds.to(k_N.dtype), k_N, dq, input_precision=PREC)
+
+
+@triton.jit(do_not_specialize=["T", "G"])
+def _query_grads(
+    q, k, v, starts, o, do, lse, d_lse, d_max, row_arg, delta, dq, T, G, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    h, i_m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = G * R
+    begin = i_m * M
+    i = begin + tl.arange(0, M)
+    n = tl.arange(0, N)
+    ks, vs = tl.arange(0, BK), tl.arange(0, BV)
+    in_k, in_v, in_t = ks < K, vs < V, i < T
+    k += b * k_b + (h // R) * k_h + ks[None, :]
+    v += b * v_b + (h // R) * v_h + vs[None, :]
+    q_M = tl.load(
+        q + b * q_b + h * q_h + i.to(tl.int64)[:, None] * q_t + ks[None, :],
+        mask=in_t[:, None] & in_k[None, :],
+        other=0.0,
+    )
+    row = (b * T + i) * H + h
+    in_tv = in_t[:, None] & in_v[None, :]
+    do_M = tl.load(do + row[:, None] * V + vs[None, :], mask=in_tv, other=0.0)
+    o_M = tl.load(o + row[:, None] * V + vs[None, :], mask=in_tv, other=0.0)
+    lse_M = tl.load(lse + row, mask=in_t, other=0.0)
+    delta_M = tl.sum(o_M.to(tl.float32) * do_M.to(tl.float32), 1) - tl.load(d_lse + row, mask=in_t, other=0.0)
+    tl.store(delta + row, delta_M, mask=in_t)
+    d_max_M = tl.load(d_max + row, mask=in_t, other=0.0)
+    arg = tl.load(row_arg + row, mask=in_t, other=-1)
+    lse_M = tl.where(lse_M == -float("inf"), 0.0, lse_M)
+    first = tl.zeros([M], tl.int32)
+    base = begin * 0
+    if STARTS:
+        first = tl.maximum(tl.load(starts + b * T + i, mask=in_t, other=T).to(tl.int32), 0)
+        base = tl.maximum(tl.load(starts + b * T + begin).to(tl.int32), 0)
+    low = tl.maximum(begin - W + 1, base) // N * N
+    dq_M = tl.zeros([M, BK], tl.float32)
+    if S > 0:
+        limit = tl.minimum(base + S, low)
+        for j_0 in range(base, limit, N):
+            j = j_0 + n
+            rows = j.to(tl.int64)[:, None]
+            dq_M = _query_block(
+                q_M, do_M, k + rows * k_t, v + rows * v_t, j, i, first, limit, lse_M, delta_M, d_max_M, arg, dq_M,
+                in_k, in_v, scale, W, S, PREC,
+            )  # fmt: skip
+    for j_0 in range(low, tl.minimum(begin + M, T), N):
+        j = j_0 + n
+        rows = j.to(tl.int64)[:, None]
+        dq_M = _query_block(
+            q_M, do_M, k + rows * k_t, v + rows * v_t, j, i, first, T, lse_M, delta_M, d_max_M, arg, dq_M,
+            in_k, in_v, scale, W, S, PREC,
+        )  # fmt: skip
+    tl.store(
+        dq + row[:, None] * K + ks[None, :], (dq_M * scale).to(dq.dtype.element_ty), mask=in_t[:, None] & in_k[None, :]
+    )
+
+
+@triton.jit
+def _key_block(q_p, do_p, row, i, j, first, k_N, v_N, lse, delta, d_max, row_arg, dk, dv, in_k, in_v, T, scale,
+               W: tl.constexpr, S: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """Add one block of queries to dk (before the factor `scale`) and dv."""
+    in_t = i < T
+    q_M = tl.load(q_p, mask=in_t[:, None] & in_k[None, :], other=0.0)
+    do_M = tl.load(do_p, mask=in_t[:, None] & in_v[None, :], other=0.0)
+    lse_M = tl.load(lse + row, mask=in_t, other=0.0)
+    lse_M = tl.where(lse_M == -float("inf"), 0.0, lse_M)
+    s_T = tl.dot(k_N, tl.trans(q_M), input_precision=PREC) * scale
+    near = i[None, :] - j[:, None] < W
+    if S > 0:
+        near = near | (j[:, None] - first[None, :] < S)
+    visible = (j[:, None] <= i[None, :]) & (j[:, None] >= first[None, :]) & in_t[None, :] & near
+    p_T = tl.where(visible, tl.exp(s_T - lse_M[None, :]), 0.0)
+    dv = tl.dot(p_T.to(do_M.dtype), do_M, dv, input_precision=PREC)
+    dp_T = tl.dot(v_N, tl.trans(do_M), input_precision=PREC)
+    arg = tl.load(row_arg + row, mask=in_t, other=-1)
+    ds_T = p_T * (dp_T - tl.load(delta + row, mask=in_t, other=0.0)[None, :])
+    ds_T += tl.where(j[:, None] == arg[None, :], tl.load(d_max + row, mask=in_t, other=0.0)[None, :], 0.0)
+    return tl.dot(ds_T.to(q_M.dtype), q_M, dk, input_precision=PREC), dv
+
+
+@triton.jit(do_not_specialize=["T", "G"])
+def _key_grads(
+    q, k, v, starts, do, lse, d_max, row_arg, delta, dk, dv, T, G, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    g, i_n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    H = G * R
+    begin = i_n * N
+    j = begin + tl.arange(0, N)
+    m = tl.arange(0, M)
+    ks, vs = tl.arange(0, BK), tl.arange(0, BV)
+    in_k, in_v, in_t = ks < K, vs < V, j < T
+    rows = j.to(tl.int64)[:, None]
+    k_N = tl.load(k + b * k_b + g * k_h + rows * k_t + ks[None, :], mask=in_t[:, None] & in_k[None, :], other=0.0)
+    v_N = tl.load(v + b * v_b + g * v_h + rows * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
+    dk_N = tl.zeros([N, BK], tl.float32)
+    dv_N = tl.zeros([N, BV], tl.float32)
+    q += b * q_b + g * R * q_h + ks[None, :]
+    reach = tl.minimum(begin + N + W - 1, T)
+    blocks = tl.cdiv(reach - begin, M)
+    for step in range(0, blocks * R):
+        r = step % R
+        i = begin + (step // R) * M + m
+        at = i.to(tl.int64)
+        first = tl.zeros([M], tl.int32)
+        if STARTS:
+            first = tl.maximum(tl.load(starts + b * T + i, mask=i < T, other=T).to(tl.int32), 0)
+        row = (b * T + at) * H + g * R + r
+        dk_N, dv_N = _key_block(
+            q + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
+            lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, T, scale, W, S, PREC,
+        )  # fmt: skip
+    if S > 0:
+        # A block with a document's first tokens is visible to the end of that document.
+        last = tl.minimum(begin + N, T) - 1
+        next_i = begin + blocks * M
+        begins = begin * 0
+        if STARTS:
+            begins = tl.max(tl.where(in_t, tl.load(starts + b * T + j, mask=in_t, other=0).to(tl.int32), 0))
+        go = (next_i < T) & (begin < tl.maximum(begins, 0) + S)
+        while go:
+            i = next_i + m
+            at = i.to(tl.int64)
+            first = tl.zeros([M], tl.int32)
+            if STARTS:
+                first = tl.maximum(tl.load(starts + b * T + i, mask=i < T, other=T).to(tl.int32), 0)
+            for r in range(0, R):
+                row = (b * T + at) * H + g * R + r
+                dk_N, dv_N = _key_block(
+                    q + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
+                    lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, T, scale, W, S, PREC,
+                )  # fmt: skip
+            next_i += M
+            go = next_i < T
+            if STARTS:
+                go = go & (tl.load(starts + b * T + tl.minimum(next_i, T - 1)).to(tl.int32) <= last)
+    out = ((b * T + j) * G + g)[:, None]
+    tl.store(dk + out * K + ks[None, :], (dk_N * scale).to(dk.dtype.element_ty), mask=in_t[:, None] & in_k[None, :])
+    tl.store(dv + out * V + vs[None, :], dv_N.to(dv.dtype.element_ty), mask=in_t[:, None] & in_v[None, :])
+
+
+def window_triton(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `window_attention` (see there for shapes) through the registered op `linearize::window`."""
+    op = torch.ops.linearize.window if torch.compiler.is_compiling() else _Eager.apply
+    o, lse, row_max, _ = op(q, k, v, starts, window, sinks, scale)
+    return o, lse, row_max
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with unit stride in its last dim; a copy only where that is not so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shared(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int) -> dict[str, object]:
+    """Compile-time constants of all launches of one call."""
+    return {
+        "R": q.shape[2] // k.shape[2],
+        "K": q.shape[-1],
+        "V": v.shape[-1],
+        "BK": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BV": max(16, triton.next_power_of_2(v.shape[-1])),
+        "W": min(window, max(16, triton.next_power_of_2(q.shape[1]))),
+        "S": sinks,
+        "STARTS": starts is not None,
+        "PREC": "tf32x3",
+    }
+
+
+def _launch(kernel: object, heads: int, rows: int, T: int, B: int, tile: Blocks, args: tuple, shared: dict) -> Launch:
+    """A launch over blocks of `rows` tokens."""
+    constants = shared | {"M": tile.queries, "N": tile.keys}
+    return Launch(kernel, (heads, triton.cdiv(T, rows), B), args, constants, tile.warps, tile.stages)
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_grad = q.requires_grad
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    starts = None if starts is None else starts.contiguous()
+    B, T, H, _ = q.shape
+    o = q.new_empty((B, T, H, v.shape[-1]))
+    lse = q.new_empty((B, T, H), dtype=torch.float32)
+    row_max = torch.empty_like(lse)
+    row_arg = torch.empty_like(lse, dtype=torch.int32)
+    tile = window_tiles(q.dtype, q.shape[-1], v.shape[-1]).forward
+    args = (q, k, v, starts, o, lse, row_max, row_arg, T, k.shape[2], scale)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    shared = _shared(q, k, v, starts, window, sinks)
+    launches = [_launch(_forward_kernel, H, tile.queries, T, B, tile, (*args, *strides), shared)]
+    if is_new(launches):
+        later = []
+        if needs_grad:
+            later = _grad_launches(o, lse, lse, q, k, v, starts, o, lse, row_arg, window, sinks, scale)[0]
+        compile_all(launches + later)
+    run(launches)
+    return o, lse, row_max, row_arg
+
+
+def _grad_launches(
+    do: Tensor, d_lse: Tensor, d_max: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, o: Tensor,
+    lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    B, T, H, _ = q.shape
+    G = k.shape[2]
+    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    shared = _shared(q, k, v, starts, window, sinks)
+    last = (T, G, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    tiles = window_tiles(q.dtype, q.shape[-1], v.shape[-1])
+    rows, keys = tiles.query_grads, tiles.key_grads
+    args = (q, k, v, starts, o, do, lse, d_lse, d_max, row_arg, delta, dq, *last)
+    first = _launch(_query_grads, H, rows.queries, T, B, rows, args, shared)
+    args = (q, k, v, starts, do, lse, d_max, row_arg, delta, dk, dv, *last)
+    return [first, _launch(_key_grads, G, keys.keys, T, B, keys, args, shared)], (dq, dk, dv)
+
+
+def _run_backward(
+    do: Tensor, d_lse: Tensor, d_max: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, o: Tensor,
+    lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    starts = None if starts is None else starts.contiguous()
+    given = (do.contiguous(), d_lse.contiguous(), d_max.contiguous(), q, k, v, starts, o, lse, row_arg)
+    launches, grads = _grad_launches(*given, window, sinks, scale)
+    if is_new(launches):
+        compile_all(launches)
+    run(launches)
+    return grads
+
+
+_forward = torch.library.custom_op("linearize::window", _run_forward, mutates_args=())
+
+
+@_forward.register_fake
+def _(q, k, v, starts, window, sinks, scale):
+    rows = q.new_empty(q.shape[:3], dtype=torch.float32)
+    o = q.new_empty((*q.shape[:3], v.shape[-1]))
+    return o, rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.int32)
+
+
+_backward = torch.library.custom_op("linearize::window_grad", _run_backward, mutates_args=())
+
+
+@_backward.register_fake
+def _(do, d_lse, d_max, q, k, v, starts, o, lse, row_arg, window, sinks, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, starts, ctx.window, ctx.sinks, ctx.scale = inputs
+    o, lse, _, row_arg = output
+    ctx.save_for_backward(q, k, v, starts, o, lse, row_arg)
+    ctx.mark_non_differentiable(row_arg)
+
+
+def _gradients(ctx, op, do, d_lse, d_max, _):
+    q, k, v, starts, o, lse, row_arg = ctx.saved_tensors
+    dq, dk, dv = op(do, d_lse, d_max, q, k, v, starts, o, lse, row_arg, ctx.window, ctx.sinks, ctx.scale)
+    return dq, dk, dv, None, None, None, None
+
+
+def _differentiate(ctx, *grads):
+    return _gradients(ctx, torch.ops.linearize.window_grad, *grads)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _Eager(torch.autograd.Function):
+    """The same op without the dispatcher, whose cost a launch would show outside `torch.compile`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return _gradients(ctx, _run_backward, *grads)

@@ -1,0 +1,433 @@
+"""Check every kernel against its fp64 reference on the GPU at hand, then time it beside its peers.
+
+Legend: B batch, T tokens, H query heads, G KV heads, R = H // G, K key dim, V value dim, W window.
+    python scripts/bench_kernels.py --check                  # every shipped configuration, no timing
+    python scripts/bench_kernels.py --csv kernels.csv        # a short check, then the table
+    python scripts/bench_kernels.py --peers sdpa flex gla    # with fla (0.6.0, --no-deps) where it is installed
+Times are medians of `triton.testing.do_bench`; memory is the peak above the inputs and the output's gradient. Nothing
+is timed unless the check passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from linearize.kernels import reference
+from linearize.kernels.delta import gated_delta_rule
+from linearize.kernels.gated_linear import gated_linear_attention
+from linearize.kernels.hybrid import hybrid_attention, hybrid_step
+from linearize.kernels.window import window_attention
+
+BOUNDS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-5}
+SHAPES = {
+    "B4 T2048 H32 G8 D128": (4, 2048, 32, 8, 128),
+    "B1 T8192 H32 G8 D128": (1, 8192, 32, 8, 128),
+    "B1 T32768 H32 G8 D128": (1, 32768, 32, 8, 128),
+    "B8 T2048 H9 G3 D64": (8, 2048, 9, 3, 64),
+}
+GATES = ("none", "fixed", "scalar", "vector")
+HARSH = (0.0, -1e-6, -1.0, -20.0, -1e30)
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    """Root mean square of x - y over that of y; NaN counts as infinite."""
+    error = ((x.double() - y).norm() / y.norm().clamp(min=1e-300)).item()
+    return error if error == error else float("inf")
+
+
+def gates(kind: str, shape: tuple[int, int, int, int], device: str, harsh: bool = False) -> Tensor | None:
+    """Log-decays: usual ones, or drawn from `HARSH`."""
+    batch, length, groups, dim = shape
+    sizes = {"none": None, "fixed": (groups,), "scalar": (batch, length, groups), "vector": shape}[kind]
+    if sizes is None:
+        return None
+    if harsh:
+        return torch.tensor(HARSH, device=device)[torch.randint(len(HARSH), sizes, device=device)]
+    return F.logsigmoid(torch.randn(sizes, device=device)) / 16
+
+
+def documents(batch: int, length: int, device: str) -> Tensor:
+    """`starts` with a continued document, a start past the token, and a restart inside a chunk."""
+    starts = torch.full((batch, length), -1, device=device)
+    starts[:, length // 3 :] = length // 3
+    starts[1:, length // 2 :] = length // 2 + 3
+    return starts
+
+
+def compare(
+    names: list[str], run: Callable[..., Any], truth: Callable[..., Any], tensors: list[Tensor | None]
+) -> dict[str, float]:
+    """Relative errors of outputs and of every gradient."""
+    low = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    high = [None if x is None else x.detach().double().requires_grad_() for x in tensors]
+    outs, refs = run(*low), truth(*high)
+    finite = [torch.isfinite(y) for y in refs]
+    errors = {f"out{i}": relative(x[m], y[m]) for i, (x, y, m) in enumerate(zip(outs, refs, finite, strict=True))}
+    weights = [torch.randn_like(y) for y in refs]
+    loss = sum((x.double() * w)[m].sum() for x, w, m in zip(outs, weights, finite, strict=True))
+    goal = sum((y * w)[m].sum() for y, w, m in zip(refs, weights, finite, strict=True))
+    given = [i for i, x in enumerate(tensors) if x is not None]
+    grads = torch.autograd.grad(loss, [low[i] for i in given])
+    wanted = torch.autograd.grad(goal, [high[i] for i in given])
+    return errors | {f"d{names[i]}": relative(a, b) for i, a, b in zip(given, grads, wanted, strict=True)}
+
+
+def linear_errors(
+    gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, harsh: bool = False,
+    packed: bool = False, normalizer: bool = False, device: str = "cuda",
+) -> dict[str, float]:  # fmt: skip
+    """Errors of gated linear attention, with an initial state."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    g = gates(gate, (B, T, G, K), device, harsh)
+    state = torch.randn(B, G, K, V, device=device)
+    norm = torch.randn(B, G, K, device=device) if normalizer else None
+    if g is not None and gate != "fixed":  # decay parameters stay fp32, projected decays have the inputs' dtype
+        g = g.to(dtype)
+    tensors = [new(B, T, H, K), new(B, T, G, K), new(B, T, G, V), g, state, norm]
+    starts = documents(B, T, device) if packed else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s: Tensor, z: Tensor | None) -> list[Tensor]:
+        out = gated_linear_attention(
+            q, k, v, g, scale=0.5, with_normalizer=normalizer, starts=starts, initial_state=s, initial_norm=z
+        )
+        return [x for x in (out.o, out.normalizer, out.state, out.state_norm) if x is not None]
+
+    def truth(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s: Tensor, z: Tensor | None) -> list[Tensor]:
+        out = reference.gated_linear_reference(q, k, v, g, scale=0.5, starts=starts, initial_state=s, initial_norm=z)
+        return list(out) if normalizer else [out[0], out[2]]
+
+    return compare(["q", "k", "v", "g", "state", "norm"], run, truth, tensors)
+
+
+def window_errors(dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, window: int, sinks: int, *,
+                  packed: bool = False, device: str = "cuda") -> dict[str, float]:  # fmt: skip
+    """Errors of window attention."""
+    tensors: list[Tensor | None] = [
+        torch.randn(B, T, h, d, device=device).to(dtype) for h, d in ((H, K), (G, K), (G, V))
+    ]
+    starts = documents(B, T, device) if packed else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return tuple(window_attention(q, k, v, window=window, sinks=sinks, starts=starts))
+
+    def truth(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return reference.window_reference(q, k, v, window=window, sinks=sinks, starts=starts)
+
+    return compare(["q", "k", "v"], run, truth, tensors)
+
+
+def delta_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, packed: bool = False,
+                 top: float = 1.0, device: str = "cuda") -> dict[str, float]:  # fmt: skip
+    """Errors of the gated delta rule."""
+    g = gates(gate, (B, T, G, K), device)
+    k = F.normalize(torch.randn(B, T, G, K, device=device), dim=-1)
+    q = F.normalize(torch.randn(B, T, H, K, device=device), dim=-1)
+    v, beta = torch.randn(B, T, G, V, device=device), torch.rand(B, T, G, device=device) * top
+    tensors = [None if x is None else x.to(dtype) for x in (q, k, v, beta, g)] + [
+        torch.randn(B, G, K, V, device=device)
+    ]
+    starts = documents(B, T, device) if packed else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s: Tensor) -> list[Tensor]:
+        out = gated_delta_rule(q, k, v, beta, g, scale=0.5, starts=starts, initial_state=s)
+        return [out.o, out.state]
+
+    def truth(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s: Tensor) -> list[Tensor]:
+        return list(reference.gated_delta_reference(q, k, v, beta, g, scale=0.5, starts=starts, initial_state=s))
+
+    return compare(["q", "k", "v", "beta", "g", "state"], run, truth, tensors)
+
+
+def agreement_errors(op: str) -> dict[str, float]:
+    """Two runs, and `torch.compile(fullgraph=True)`, against the first run: errors must be 0."""
+    (q, k, v), g = inputs_for((2, 300, 8, 2, 64), "vector")
+    given = [q, k, v] if op == "window" else [q, k, v, g]
+
+    def run() -> Tensor:
+        if op == "window":
+            return window_attention(q, k, v, window=64, sinks=4).o
+        return gated_linear_attention(q, k, v, g).o
+
+    do = torch.randn_like(run())
+
+    def results(call: Callable[[], Tensor]) -> list[Tensor]:
+        out = call()
+        return [out.detach(), *torch.autograd.grad(out, given, do)]
+
+    first, again = results(run), results(run)
+    graph = results(torch.compile(run, fullgraph=True, backend="aot_eager"))
+    return {
+        "again": max(relative(x, y.double()) for x, y in zip(again, first, strict=True)),
+        "graph": max(relative(x, y.double()) for x, y in zip(graph, first, strict=True)),
+    }
+
+
+def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str, float]]]]:
+    """Named checks; `full` covers every row of the table of configurations."""
+    wide = (32, 64, 80, 96, 128, 256)
+    table = {torch.bfloat16: wide, torch.float16: (64, 128), torch.float32: (64, 128)}
+    for dtype, dims in table.items() if full else {torch.bfloat16: (128,)}.items():
+        for dim, gate in itertools.product(dims, GATES):
+            for shape in ((2, 150, 6, 2, dim, dim), (4, 100, 4, 4, dim, dim)) if full else ((2, 150, 6, 2, dim, dim),):
+                yield f"linear {gate} {shape}", dtype, partial(linear_errors, gate, dtype, *shape)
+            shape = (2, 150, 8, 2, dim, dim)
+            run = partial(linear_errors, gate, dtype, *shape, packed=True, normalizer=True)
+            yield f"linear {gate} packed {shape}", dtype, run
+            if gate in ("scalar", "vector"):
+                yield f"linear {gate} harsh {shape}", dtype, partial(linear_errors, gate, dtype, *shape, harsh=True)
+        for dim, (window, sinks, packed) in itertools.product(dims, ((64, 0, False), (100, 4, True), (16, 3, True))):
+            shape = (2, 300, 8, 2, dim, dim)
+            run = partial(window_errors, dtype, *shape, window, sinks, packed=packed)
+            yield f"window {window}+{sinks} {shape}", dtype, run
+    for op in ("linear", "window"):
+        yield f"agreement {op}", torch.bfloat16, partial(agreement_errors, op)
+
+
+def _poison() -> None:
+    """Let every fresh tensor hold NaN until it is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    warnings.simplefilter("ignore")
+
+
+def _check_one(job: tuple[bool, int]) -> tuple[str, torch.dtype, dict[str, float] | str]:
+    full, index = job
+    name, dtype, run = next(itertools.islice(checks(full), index, None))
+    torch.manual_seed(index)
+    try:
+        return name, dtype, run()
+    except Exception as error:
+        return name, dtype, f"{type(error).__name__} {str(error)[:160]}"
+
+
+def check(full: bool, jobs: int) -> bool:
+    """Run the checks in `jobs` processes (they mostly compile), print what failed and the worst error of each kind."""
+    work = [(full, index) for index, _ in enumerate(checks(full))]
+    random.Random(0).shuffle(work)
+    failed, worst = 0, {}
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_poison) as pool:
+        for name, dtype, errors in pool.imap_unordered(_check_one, work):
+            if isinstance(errors, str):
+                failed += 1
+                print(f"FAIL {name} {dtype}: {errors}", flush=True)
+                continue
+            bad = {n: f"{e:.1e}" for n, e in errors.items() if e > BOUNDS[dtype]}
+            if bad:
+                failed += 1
+                print(f"FAIL {name} {dtype}: {bad}", flush=True)
+            for n, e in errors.items():
+                key = (name.split()[0], str(dtype)[6:], n)
+                worst[key] = max(worst.get(key, 0.0), e)
+        pool.close()
+        pool.join()
+    for op, dtype in sorted({key[:2] for key in worst}):
+        print(op, dtype, {n: f"{e:.1e}" for (o, d, n), e in worst.items() if (o, d) == (op, dtype)})
+    print(f"check: {failed} of {len(work)} failed", flush=True)
+    return failed == 0
+
+
+@dataclass
+class Row:
+    """One line of the table; times in ms, memory in MiB."""
+
+    name: str
+    shape: str
+    forward: float
+    both: float
+    low: float
+    high: float
+    peak: float
+    first: float
+
+
+def measure(name: str, shape: str, run: Callable[[], Tensor], inputs: list[Tensor]) -> Row:
+    """Time forward, and forward with backward, and take the peak of memory."""
+    start = time.time()
+    do = torch.randn_like(run())
+
+    def both() -> None:
+        torch.autograd.grad(run(), inputs, do)
+
+    both()
+    torch.cuda.synchronize()
+    first = time.time() - start
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    forward = triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
+    mid, low, high = triton.testing.do_bench(both, warmup=10, rep=100, quantiles=[0.5, 0.1, 0.9])
+    row = Row(name, shape, forward, mid, low, high, peak, first)
+    print(
+        f"{name:26} {shape:22} {forward:7.3f} {mid:7.3f} [{low:.3f}, {high:.3f}] ms "
+        f"{peak:5.0f} MiB, first {first:.1f} s",
+        flush=True,
+    )
+    return row
+
+
+def inputs_for(shape: tuple[int, ...], gate: str) -> tuple[list[Tensor], Tensor | None]:
+    """q, k, v and gates in bf16 that ask for gradients."""
+    B, T, H, G, D = shape
+    qkv = [torch.randn(B, T, h, D, device="cuda", dtype=torch.bfloat16).requires_grad_() for h in (H, G, G)]
+    g = gates(gate, (B, T, G, D), "cuda")
+    return qkv, None if g is None else g.bfloat16().requires_grad_()
+
+
+def our_rows(name: str, shape: tuple[int, ...]) -> Iterator[Row]:
+    """Our ops at one shape."""
+    for gate in ("none", "scalar", "vector"):
+        yield linear_row(gate, name, shape)
+    (q, k, v), g = inputs_for(shape, "vector")
+    yield measure("window 64", name, lambda: window_attention(q, k, v, window=64).o, [q, k, v])
+
+    def hybrid() -> Tensor:
+        out = hybrid_attention(q, k, v, g, window=64)
+        return out.window + out.memory
+
+    yield measure("hybrid 64 + vector", name, hybrid, [q, k, v, g])
+
+
+def linear_row(gate: str, name: str, shape: tuple[int, ...]) -> Row:
+    """Gated linear attention with one kind of gate at one shape."""
+    (q, k, v), g = inputs_for(shape, gate)
+    given = [q, k, v] if g is None else [q, k, v, g]
+    return measure(f"linear {gate}", name, lambda: gated_linear_attention(q, k, v, g).o, given)
+
+
+def peer_rows(peers: list[str], name: str, shape: tuple[int, ...]) -> Iterator[Row]:
+    """SDPA, compiled flex attention and fla at one shape."""
+    B, T, H, G, D = shape
+    (q, k, v), _ = inputs_for(shape, "none")
+    if "sdpa" in peers:
+
+        def sdpa() -> Tensor:
+            return F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+            )
+
+        yield measure("SDPA causal", name, sdpa, [q, k, v])
+    if "flex" in peers:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 64), None, None, T, T)
+        flex = torch.compile(flex_attention)
+        yield measure(
+            "flex window 64", name,
+            lambda: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True), [q, k, v],
+        )  # fmt: skip
+    if "gla" in peers:
+        from fla.ops.gla import chunk_gla
+
+        g = gates("vector", (B, T, G, D), "cuda").bfloat16().requires_grad_()
+        yield measure(
+            "fla chunk_gla, repeated", name,
+            lambda: chunk_gla(q, *(x.repeat_interleave(H // G, 2) for x in (k, v, g)), scale=1.0)[0], [q, k, v, g],
+        )  # fmt: skip
+    if "delta" in peers:
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        beta = torch.rand(B, T, G, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        yield measure(
+            "fla chunk_delta_rule, rep.", name,
+            lambda: chunk_delta_rule(
+                q, *(x.repeat_interleave(H // G, 2) for x in (k, v, beta)), scale=1.0, use_qk_l2norm_in_kernel=True
+            )[0], [q, k, v, beta],
+        )  # fmt: skip
+
+
+def decode() -> None:
+    """One decode step of window and memory at the Llama-3-8B shape under a CUDA graph, beside copy bandwidth."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
+    copy = 2 * source.numel() * 4 / ms / 1e6
+    print(f"copy {copy:.0f} GB/s")
+    for batch, layers in ((1, 32), (64, 32), (256, 8)):
+        decode_row(batch, layers, copy)
+
+
+def decode_row(B: int, layers: int, copy: float) -> None:
+    """One token through `layers` mixers."""
+    H, G, D, W = 32, 8, 128, 64
+    q, k, v = (torch.randn(B, h, D, device="cuda", dtype=torch.bfloat16) for h in (H, G, G))
+    g = gates("vector", (B, 1, G, D), "cuda")[:, 0].bfloat16()
+    states = [torch.randn(B, G, D, D, device="cuda") for _ in range(layers)]
+    rings = [torch.randn(2, B, W, G, D, device="cuda", dtype=torch.bfloat16) for _ in range(layers)]
+    length = torch.full((B,), 1000, device="cuda")
+
+    def token() -> None:
+        for state, ring in zip(states, rings, strict=True):
+            hybrid_step(q, k, v, g, state, ring[0], ring[1], length)
+
+    token()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token()
+    ms = triton.testing.do_bench(graph.replay, return_mode="median")
+    moved = layers * (2 * states[0].numel() * 4 + rings[0].numel() * 2 + 2 * q.numel() * 2 * 2)
+    eager = triton.testing.do_bench(token, return_mode="median")
+    print(
+        f"decode B={B}: {ms / layers * 1e3:.1f} us a layer in a graph ({eager / layers * 1e3:.1f} eager), "
+        f"{moved / ms / 1e6:.0f} GB/s, {moved / ms / 1e6 / copy:.0%} of copy",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="check every shipped configuration and stop")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--peers", nargs="*", default=["sdpa", "flex"], choices=["sdpa", "flex", "gla", "delta"])
+    parser.add_argument("--jobs", type=int, default=12, help="processes that check")
+    parser.add_argument("--csv", help="write the table here")
+    options = parser.parse_args()
+    if not check(options.check, options.jobs):
+        sys.exit("The check failed: nothing is timed.")
+    if options.check:
+        return
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    print(
+        torch.cuda.get_device_name(),
+        "torch",
+        torch.__version__,
+        "triton",
+        triton.__version__,
+        "commit",
+        commit or "unknown",
+    )
+    rows = [
+        row for name in options.shapes for rows in (our_rows, partial(peer_rows, options.peers))
+        for row in rows(name, SHAPES[name])
+    ]  # fmt: skip
+    decode()
+    if options.csv:
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(vars(rows[0])))
+            writer.writeheader()
+            writer.writerows(vars(row) for row in rows)
+
+
+if __name__ == "__main__":
+    main()

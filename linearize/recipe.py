@@ -52,11 +52,14 @@ class Mixer(Strict):
     """What replaces softmax attention: five parts (feature map, gate, memory, window, combine) and switches.
 
     Args:
-        rotary: the memory sees queries and keys after the rotary embedding (LoLCATs) or before it (Liger).
+        rotary: the memory sees queries and keys after the rotary embedding (true, LoLCATs), before it (false, Liger),
+            or their features are what is rotated (`features`, SUPRA).
         normalize: divide the memory's output by the sum of its weights.
         overlap: the memory also covers the tokens inside the window; if false, window and memory are disjoint.
-        output_norm: RMS norm per head on the memory's output.
+        output_norm: norm per head on the memory's output: RMS norm with a learned scale (true), or group norm without
+            one (`group`, SUPRA).
         output_gate: multiply the mixer's output by a learned gate of the layer's input.
+        conv: taps of a causal depthwise convolution on the q, k and v that the memory reads, started as the identity.
         k_map_heads: one key feature map per KV head, or one per query head (LoLCATs to the letter).
     """
 
@@ -65,11 +68,12 @@ class Mixer(Strict):
     memory: Part = Part(name="additive")
     window: Window | None = Window()
     combine: Part = Part(name="learned")
-    rotary: bool = False
+    rotary: bool | Literal["features"] = False
     normalize: bool = False
     overlap: bool = True
-    output_norm: bool = False
+    output_norm: bool | Literal["group"] = False
     output_gate: bool = False
+    conv: int | None = Field(None, ge=2)
     k_map_heads: Literal["kv", "query"] = "kv"
 
 
@@ -157,12 +161,14 @@ class Finetune(Stage):
     Args:
         train: `lora` or `full`.
         train_mixer: the mixers' own parameters train too.
+        z_loss: factor on the squared log-sum-exp of the logits, which keeps them from drifting (PaLM: 1e-4).
         gradient_checkpointing: recompute activations in the backward pass; changes memory only.
     """
 
     stage: Literal["finetune"] = "finetune"
     train: Literal["lora", "full"] = "lora"
     train_mixer: bool = False
+    z_loss: float = Field(0.0, ge=0)
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
 
@@ -174,6 +180,26 @@ class Finetune(Stage):
 
 
 AnyStage: TypeAlias = Annotated[Transfer | Finetune, Field(discriminator="stage")]
+
+
+class SoftmaxLayers(Strict):
+    """Which layers stay softmax, spread evenly over the model; all others are converted. Exactly one is given.
+
+    Args:
+        every: the last layer of each `every` (Liger-H: 8); none in a model of fewer.
+        keep: share of the layers.
+    """
+
+    every: int | None = Field(None, ge=2)
+    keep: float | None = Field(None, gt=0, lt=1)
+
+    def kept(self, count: int) -> list[int]:
+        """Return the layers that stay softmax in a model of `count` layers; the last of each of the equal parts."""
+        if self.every is not None:
+            return list(range(self.every - 1, count, self.every))
+        assert self.keep is not None
+        parts = round(self.keep * count)
+        return [(part + 1) * count // parts - 1 for part in range(parts)]
 
 
 class Data(Strict):
@@ -212,7 +238,7 @@ class Recipe(Strict):
     Args:
         name: what `--recipe` takes.
         mixer: what replaces attention; null leaves the teacher as it is (the softmax control).
-        layers: which layers are converted.
+        layers: which layers are converted: all, a list, or all but those of `{every: 8}` or `{keep: 0.25}`.
         exact_heads: (layer, KV head) pairs that keep full softmax attention and a growing cache.
         stages: what recovers the quality, in order.
     """
@@ -221,7 +247,7 @@ class Recipe(Strict):
     description: str = ""
     paper: str | None = None
     mixer: Mixer | None = Mixer()
-    layers: Literal["all"] | list[NonNegative] = "all"
+    layers: Literal["all"] | list[NonNegative] | SoftmaxLayers = "all"
     exact_heads: list[Pair] = []
     stages: list[AnyStage] = []
     data: Data = Data()
@@ -245,6 +271,10 @@ class Recipe(Strict):
             return
         if self.mixer is None:
             raise ValueError("`layers` names layers to convert, and `mixer` is null")
+        if isinstance(self.layers, SoftmaxLayers):
+            if (self.layers.every is None) == (self.layers.keep is None):
+                raise ValueError("`layers` takes `every` or `keep`, one of them: `{every: 8}` or `{keep: 0.25}`")
+            return
         if not self.layers:
             raise ValueError("`layers` is empty; use `all`, or `mixer: null` to convert nothing")
         if len(set(self.layers)) < len(self.layers):
@@ -256,8 +286,31 @@ class Recipe(Strict):
         if len(set(self.exact_heads)) < len(self.exact_heads):
             raise ValueError(f"`exact_heads` repeats a pair: {[list(pair) for pair in self.exact_heads]}")
         for layer, head in self.exact_heads:
-            if self.layers != "all" and layer not in self.layers:
+            if isinstance(self.layers, list) and layer not in self.layers:
                 raise ValueError(f"`exact_heads` has [{layer}, {head}], but layer {layer} is not among `layers`")
+
+    def converted_layers(self, count: int) -> list[int]:
+        """Return which layers are converted in a model of `count` layers.
+
+        Raises:
+            LinearizeError: a named layer does not exist, or the share that stays is no layer or every layer.
+        """
+        if self.mixer is None:
+            return []
+        if self.layers == "all":
+            return list(range(count))
+        if isinstance(self.layers, SoftmaxLayers):
+            kept = self.layers.kept(count)
+            if len(kept) == count or (not kept and self.layers.keep is not None):
+                raise LinearizeError(
+                    f"`layers` keeps {len(kept)} of the model's {count} layers as softmax; use `layers: all`, `mixer: "
+                    "null`, or other numbers."
+                )
+            return [index for index in range(count) if index not in kept]
+        wrong = [index for index in self.layers if index >= count]
+        if wrong:
+            raise LinearizeError(f"`layers` names layer {wrong[0]}; the model has layers 0 to {count - 1}.")
+        return sorted(self.layers)
 
     @classmethod
     def parse(cls, value: Any, where: str) -> Recipe:

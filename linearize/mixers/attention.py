@@ -107,5 +107,16 @@ class LinearizedAttention(nn.Module):
             v[:, :, e:],
             context,
             cache,
+            lambda queries, keys: self._rotate(queries, keys, position_embeddings, context),
         )
         return mixed if exact is None else torch.cat([exact, mixed], 2)
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor], context: SequenceContext
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's rotary embedding on packed queries and keys [B, T, heads, D]."""
+        if context.order is not None:
+            cos, sin = (context.pack(t.expand(q.shape[0], -1, -1)) for t in position_embeddings)
+            position_embeddings = cos, sin
+        rotated: tuple[Tensor, Tensor] = self.family.rotate(self.teacher_class, q, k, position_embeddings)
+        return rotated

@@ -54,12 +54,16 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
     if (
         combine.uses_memory
         and getattr(found["gate"], "per_channel", False)
-        and getattr(found["feature_map"], "widens", False)
+        and (getattr(found["feature_map"], "widens", False) or getattr(found["feature_map"], "mixes", False))
     ):
         raise LinearizeError(
             f"`{where}.gate: {mixer['gate']['name']}` decays each channel of the keys, and `{where}.feature_map: "
             f"{mixer['feature_map']['name']}` has features that are no such channels; use another gate or map."
         )
+    if combine.uses_memory and mixer["rotary"] == "features":
+        _check_rotated_features(mixer, found, normalizes, where)
+    if mixer.get("conv") is not None and not combine.uses_memory:
+        raise LinearizeError(f"`{where}.conv` is on what the memory reads, and this mixer has no memory; drop it.")
     if not mixer["overlap"] and (not combine.uses_window or not combine.uses_memory):
         raise LinearizeError(f"`{where}.overlap: false` needs both a window and a memory.")
     if mixer["output_norm"] and not combine.uses_memory:
@@ -87,6 +91,20 @@ def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool
         raise LinearizeError(
             f"`{where}.memory: {name}` grows without bound on keys longer than 1, which `{where}.feature_map: "
             f"{mixer['feature_map']['name']}` may give; use l2norm or softmax."
+        )
+
+
+def _check_rotated_features(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool, where: str) -> None:
+    """Check that the rotary embedding fits the features, and that nobody divides by what may then be 0."""
+    if normalizes:
+        raise LinearizeError(
+            f"`{where}.rotary: features` makes products of features that may be below 0, and `{where}.normalize` "
+            f"or `{where}.combine: {mixer['combine']['name']}` divides by them; set `{where}.output_norm: group`."
+        )
+    if getattr(found["feature_map"], "widens", False):
+        raise LinearizeError(
+            f"`{where}.rotary: features` needs as many features as channels, which `{where}.feature_map: "
+            f"{mixer['feature_map']['name']}` does not give; use `{where}.rotary: true` or another map."
         )
 
 

@@ -3,7 +3,8 @@
 Legend: B batch, T tokens, J heads (query or KV), D head dim, F features. Every map is a module
 `map(x [..., J, D]) -> [..., J, F]`, built once for the queries and once for the keys. Its `feature_dim` is F, and
 `positive` says whether all features are at least 0, which a normalizer needs; `widens`, that the features are not the D
-channels themselves, so that no gate per channel fits; `unit`, that no head's features are longer than 1.
+channels themselves, so that no gate per channel fits; `mixes`, the same of features that are still D in number;
+`unit`, that no head's features are longer than 1.
 """
 
 from __future__ import annotations
@@ -81,3 +82,28 @@ class HedgehogMap(nn.Module):
         projected = torch.einsum("...jd,jdf->...jf", x, self.weight.to(x.dtype)).float()
         features = torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
         return features.clamp(min=1e-12).to(x.dtype)
+
+
+@feature_maps.register("relu_mlp")
+class ReluMlpMap(nn.Module):
+    """`relu(W vec(x) + b)` over all heads at once (SUPRA, arXiv:2405.06640, section 3).
+
+    Args:
+        identity: start at W = 1 and b = 0, features that are the heads' positive channels. The published start is that
+            of a linear layer, uniform in +-1/sqrt(J D).
+    """
+
+    positive = True
+    mixes = True
+
+    def __init__(self, heads: int, head_dim: int, *, identity: bool = False) -> None:
+        super().__init__()
+        self.feature_dim = head_dim
+        self.linear = nn.Linear(heads * head_dim, heads * head_dim)
+        if identity:
+            nn.init.eye_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.linear.weight.to(x.dtype), self.linear.bias.to(x.dtype)
+        return F.linear(x.flatten(-2), weight, bias).relu().view_as(x)

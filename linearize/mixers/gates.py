@@ -36,10 +36,20 @@ class FixedGate(Fp32Part):
     Args:
         first: exponent of head 0: it keeps `1 - 2^-first` a token.
         last: exponent of the last head; the others lie evenly between. RetNet's steps of 1 by default.
+        slopes: keep `exp(-2^(-8 (j + 1) / G))` in head j instead, ALiBi's slopes (SUPRA, arXiv:2405.06640). The formula
+            serves any G, where ALiBi's own patches powers of two together.
     """
 
-    def __init__(self, shape: HeadShape, *, first: float = 5.0, last: float | None = None) -> None:
+    def __init__(
+        self, shape: HeadShape, *, first: float = 5.0, last: float | None = None, slopes: bool = False
+    ) -> None:
         super().__init__()
+        if slopes:
+            if first != 5.0 or last is not None:
+                raise ValueError("`slopes` sets all decays; drop `first` and `last`.")
+            exponents = torch.arange(1, shape.groups + 1, dtype=torch.float64) * (8 / shape.groups)
+            self.register_buffer("log_decay", -torch.exp2(-exponents).float())
+            return
         end = first + shape.groups - 1 if last is None else last
         if min(first, end) <= 0:
             raise ValueError(f"exponents must lie above 0, got {first} to {end}.")

@@ -3,12 +3,13 @@
 Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window, S sinks.
 
 The layer's cache holds, per row, the tokens of the current document only: a ring of the last W keys and values (token t
-in slot t % W), the first S of them, the memory's state and, where window and memory are disjoint, the ring of streams
-that have not entered the memory yet.
+in slot t % W), the first S of them, the memory's state, what the short convolution still reads and, where window and
+memory are disjoint, the ring of streams that have not entered the memory yet.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
+from linearize.mixers.convolution import ShortConvolution
 from linearize.mixers.parts import HeadShape
 from linearize.registry import combines, feature_maps, gates, memories
 
 Tensors = dict[str, Tensor]
+Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+GROUP_NORM_EPS = 1e-5
 
 
 def _build(registry: Any, part: dict[str, Any], *args: Any) -> Any:
@@ -45,7 +49,7 @@ class TokenMixer(nn.Module):
     def __init__(self, shape: HeadShape, spec: dict[str, Any], scaling: float, max_window: int | None = None) -> None:
         super().__init__()
         self.scaling = scaling
-        self.rotary = bool(spec["rotary"])
+        self.rotary = spec["rotary"]
         self.overlap = bool(spec["overlap"])
         self.combine: Any = _build(combines, spec["combine"], shape)
         window = spec["window"] if self.combine.uses_window else None
@@ -57,6 +61,8 @@ class TokenMixer(nn.Module):
         self.gate: Any = None
         self.memory: Any = None
         self.norm: nn.RMSNorm | None = None
+        self.conv: ShortConvolution | None = None
+        self.group_norm = spec["output_norm"] == "group"
         if self.combine.uses_memory:
             per_query = spec.get("k_map_heads", "kv") == "query"
             self.repeat = shape.heads // shape.groups if per_query else 1
@@ -66,7 +72,9 @@ class TokenMixer(nn.Module):
             self.gate = _build(gates, spec["gate"], inner)
             normalize = bool(spec["normalize"]) or self.combine.shares_denominator
             self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
-            self.norm = nn.RMSNorm(shape.head_dim, eps=1e-6) if spec["output_norm"] else None
+            self.norm = nn.RMSNorm(shape.head_dim, eps=1e-6) if spec["output_norm"] is True else None
+            if spec.get("conv"):
+                self.conv = ShortConvolution((shape.heads, shape.groups, shape.groups), shape.head_dim, spec["conv"])
         self.output_gate = None
         if spec["output_gate"]:
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
@@ -86,6 +94,7 @@ class TokenMixer(nn.Module):
         v: Tensor,
         context: SequenceContext,
         cache: Tensors | None = None,
+        rotate: Rotate | None = None,
     ) -> Tensor:
         """Mix the tokens of one call.
 
@@ -96,6 +105,8 @@ class TokenMixer(nn.Module):
             v: values [B, T, G, D].
             context: padding and documents of this call.
             cache: this layer's cached tensors, read, then brought up to date in place; an empty dict on the first call.
+            rotate: the rotary embedding of queries and keys [B, T, heads, D] in packed order; None where a teacher has
+                none.
 
         Returns:
             [B, T, H, D], 0 on padding.
@@ -104,32 +115,48 @@ class TokenMixer(nn.Module):
             # Exact heads fill the same cache before, so that it may hold something and yet nothing of the mixer's.
             if x.shape[1] == 1 and context.is_plain and cache is not None and "length" in cache:
                 q, k, q_rotated, k_rotated = (t[:, 0] for t in (*plain, *rotated))
-                out = self._step(x[:, 0], q, k, q_rotated, k_rotated, v[:, 0], cache)[:, None]
+                out = self._step(x[:, 0], (q, k), (q_rotated, k_rotated), v[:, 0], cache, rotate)[:, None]
             else:
-                out = self._sequence(x, plain, rotated, v, context, cache)
+                out = self._sequence(x, plain, rotated, v, context, cache, rotate)
         if self.output_gate is None:
             return out
         gate: Tensor = self.output_gate(x).sigmoid()
         return out * gate.view_as(out)
 
-    def _stream(self, x: Tensor, k_plain: Tensor, k_rotated: Tensor, v: Tensor) -> Tensors:
-        """What enters the memory, per token."""
+    def _memory_inputs(
+        self, x: Tensor, plain: tuple[Tensor, Tensor], rotated: tuple[Tensor, Tensor], v: Tensor, rotate: Rotate | None
+    ) -> tuple[Tensor, Tensors]:
+        """The features of the queries, and what enters the memory, per token."""
         assert self.k_map is not None and self.gate is not None and self.memory is not None
-        k = k_rotated if self.rotary else k_plain
+        q, k = rotated if self.rotary is True else plain
+        k_plain = plain[1]
         if self.repeat > 1:
             k, v, k_plain = (t.repeat_interleave(self.repeat, -2) for t in (k, v, k_plain))
-        written = self.gate.keys(k_plain) if getattr(self.gate, "writes_keys", False) else self.k_map(k)
-        stream = {"k": written, "v": v, **self.memory.prepare(x)}
+        q = self.q_map(q)
+        k = self.gate.keys(k_plain) if getattr(self.gate, "writes_keys", False) else self.k_map(k)
+        if self.rotary == "features" and rotate is not None:
+            q, k = rotate(q, k)
+        stream = {"k": k, "v": v, **self.memory.prepare(x)}
         log_decay = self.gate(x, k_plain)
         if log_decay is not None:
             stream["g"] = log_decay
-        return stream
+        return q, stream
+
+    def _convolved(
+        self, convolved: list[Tensor], rotate: Rotate | None
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        """Convolved q, k and v as the memory reads them: before the rotary embedding, after it, and the values."""
+        q, k, v = convolved
+        rotated = rotate(q, k) if self.rotary is True and rotate is not None else (q, k)
+        return (q, k), rotated, v
 
     def _finish(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         if memory is not None:
             if normalizer is not None and not self.combine.shares_denominator:
                 memory = memory / normalizer.clamp(min=1e-6)[..., None].to(memory.dtype)
-            if self.norm is not None:
+            if self.group_norm:
+                memory = F.layer_norm(memory.float(), memory.shape[-1:], eps=GROUP_NORM_EPS).to(memory.dtype)
+            elif self.norm is not None:
                 scale = self.norm.weight.float()
                 memory = F.rms_norm(memory.float(), list(scale.shape), scale, self.norm.eps).to(memory.dtype)
         mixed: Tensor = self.combine(window, memory, normalizer)
@@ -143,17 +170,23 @@ class TokenMixer(nn.Module):
         v: Tensor,
         context: SequenceContext,
         cache: Tensors | None,
+        rotate: Rotate | None,
     ) -> Tensor:
         q, k = (context.pack(t) for t in rotated)
-        v_packed = context.pack(v)
+        v = context.pack(v)
         seen = cache.get("length") if cache else None
         window, memory, normalizer, after = None, None, None, None
         if self.window:
-            window = self._window(q, k, v_packed, context.starts, cache if seen is not None else None)
+            window = self._window(q, k, v, context.starts, cache if seen is not None else None)
         stream: Tensors = {}
+        recent: Tensor | None = None
         if self.memory is not None:
-            q_memory = self.q_map(q if self.rotary else context.pack(plain[0]))
-            stream = {n: context.pack(t) for n, t in self._stream(x, plain[1], rotated[1], v).items()}
+            sides = (context.pack(plain[0]), context.pack(plain[1])), (q, k), v
+            if self.conv is not None:
+                past = cache["conv"] if cache and seen is not None else None
+                *convolved, recent = self.conv((*sides[0], v), context, past)
+                sides = self._convolved(convolved, rotate)
+            q_memory, stream = self._memory_inputs(context.pack(x), *sides, rotate)
             if context.lengths is not None:
                 stream = {n: t * context.real(t) for n, t in stream.items()}
             entering, starts = stream, context.starts
@@ -165,7 +198,9 @@ class TokenMixer(nn.Module):
             memory, normalizer, after = self.memory(q_memory, entering, starts, state)
         out = self._finish(window, memory, normalizer)
         if cache is not None:
-            self._remember(cache, k, v_packed, stream, after, context)
+            self._remember(cache, k, v, stream, after, context)
+            if recent is not None:
+                cache["conv"].copy_(recent)
         return context.unpack(out)
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cache: Tensors | None) -> WindowOutput:
@@ -288,27 +323,39 @@ class TokenMixer(nn.Module):
         if self.delay:
             for name, t in stream.items():
                 cache[f"pending_{name}"] = t.new_zeros(batch, self.window, *t.shape[2:])
+        if self.conv is not None:
+            cache["conv"] = self.conv.empty(batch, k)
         if self.memory is not None:
             cache.update(self.memory.initial_state(batch, k.device))
         return cache
 
     def _step(
-        self, x: Tensor, q_plain: Tensor, k_plain: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: Tensors
+        self,
+        x: Tensor,
+        plain: tuple[Tensor, Tensor],
+        rotated: tuple[Tensor, Tensor],
+        v: Tensor,
+        cache: Tensors,
+        rotate: Rotate | None,
     ) -> Tensor:
         """One token [B, ...], every cached tensor updated in place."""
+        q, k = rotated
         length = cache["length"]
         rows = torch.arange(length.shape[0], device=length.device)
         window, memory, normalizer = None, None, None
         stream: Tensors = {}
         if self.memory is not None:
-            stream = self._stream(x, k_plain, k, v)
+            sides = plain, rotated, v
+            one = None if rotate is None else _for_one_token(rotate)
+            if self.conv is not None:
+                sides = self._convolved(self.conv.step((*plain, v), cache["conv"]), one)
+            q_memory, stream = self._memory_inputs(x, *sides, one)
             entering = stream
             if self.delay:
                 entering = {n: cache[f"pending_{n}"][rows, length % self.window] for n in stream}
                 for name, t in stream.items():
                     outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
                     cache[f"pending_{name}"].index_put_((rows, length % self.window), t * outside)
-            q_memory = self.q_map(q if self.rotary else q_plain)
             memory, normalizer = self.memory.step(q_memory, entering, cache)
         if self.window:
             slot = (rows, length % self.window)
@@ -329,6 +376,16 @@ class TokenMixer(nn.Module):
             )
         length.add_(1)
         return self._finish(window, memory, normalizer)
+
+
+def _for_one_token(rotate: Rotate) -> Rotate:
+    """`rotate` for queries and keys [B, heads, D]."""
+
+    def one(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = rotate(q[:, None], k[:, None])
+        return q[:, 0], k[:, 0]
+
+    return one
 
 
 def _rest(shape: HeadShape) -> tuple[int, int, int, int]:

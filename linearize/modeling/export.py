@@ -37,6 +37,7 @@ MODULES = (
     "linearize.mixers.memories",
     "linearize.mixers.combine",
     "linearize.mixers.context",
+    "linearize.mixers.convolution",
     "linearize.mixers.exact",
     "linearize.mixers.mixer",
     "linearize.mixers.attention",

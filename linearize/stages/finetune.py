@@ -48,7 +48,7 @@ class FinetuneRunner(StageRunner):
         return states
 
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
-        """Add gradients of the mean cross-entropy; logits exist only a chunk of tokens at a time."""
+        """Add gradients of the mean cross-entropy (and z-loss); logits exist only a chunk of tokens at a time."""
         inputs = rows.inputs(self.run.device)
         targets = inputs["labels"][:, 1:]
         chosen = targets != -100
@@ -63,7 +63,10 @@ class FinetuneRunner(StageRunner):
             part = slice(begin, begin + TOKENS_PER_CHUNK)
             with self.run.precision():
                 logits = head(leaf[part])
-            loss = F.cross_entropy(logits.float(), targets[part], reduction="sum") * (share / len(targets))
+            loss = F.cross_entropy(logits.float(), targets[part], reduction="sum")
+            if self.settings.z_loss:
+                loss = loss + self.settings.z_loss * logits.float().logsumexp(-1).square().sum()
+            loss = loss * (share / len(targets))
             loss.backward()
             total += float(loss.detach())
         wanted.backward(leaf.grad)

@@ -136,6 +136,27 @@ def test_chunked_cross_entropy_is_the_mean_over_labels(make_run, corpus, monkeyp
         torch.testing.assert_close(grad, dict(run.model.named_parameters())[name].grad, rtol=1e-3, atol=1e-6)
 
 
+def test_z_loss_adds_the_mean_squared_log_sum_exp(make_run, corpus, monkeypatch) -> None:
+    monkeypatch.setattr("linearize.stages.finetune.TOKENS_PER_CHUNK", 11)
+    rows, factor = corpus.train[:2], 0.3
+    plain, squared = make_run(LIGER), make_run(LIGER)
+    losses, gradients = [], []
+    for run, settings in ((plain, Finetune(train="full")), (squared, Finetune(train="full", z_loss=factor))):
+        runner = FinetuneRunner(settings, run)
+        trained = runner.prepare()
+        losses.append(runner.backward(rows, 1.0)["loss"])
+        gradients.append(trained["lm_head.weight"].grad.clone())
+        run.model.zero_grad()
+    inputs = rows.inputs()
+    logits = plain.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+    logits = logits[:, :-1][inputs["labels"][:, 1:] != -100]
+    extra = factor * sum(float(row.exp().sum().log()) ** 2 for row in logits.detach().double()) / len(logits)
+    assert losses[1] - losses[0] == pytest.approx(extra, rel=1e-4)
+    (factor * logits.exp().sum(-1).log().square().mean()).backward()
+    wanted = gradients[0] + plain.model.lm_head.weight.grad
+    torch.testing.assert_close(gradients[1], wanted, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("mixer", [None, LIGER])
 def test_lora_trains_only_its_targets_and_is_merged(make_run, mixer) -> None:
     run = make_run(mixer)

@@ -1,0 +1,80 @@
+"""The short convolution: each channel of q, k and v mixes its last few tokens before the memory reads it.
+
+Legend: B batch, T tokens, H query heads, G KV heads, D head dim, C = (H + 2 G) D channels, K taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from linearize.mixers.context import SequenceContext
+
+
+class ShortConvolution(nn.Module):
+    """A causal depthwise convolution, `y_t = sum_i w_i x_{t-i}` over i < K, started as the identity (w_0 = 1).
+
+    From H3 and Mamba to Gated DeltaNet (arXiv:2412.06464). There is no activation behind it: it would end the identity.
+
+    Args:
+        heads: how many heads each input has (H, G and G).
+        head_dim: D.
+        taps: K.
+    """
+
+    def __init__(self, heads: tuple[int, ...], head_dim: int, taps: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+        self.taps = taps
+        weight = torch.zeros(sum(heads) * head_dim, taps)
+        weight[:, 0] = 1
+        self.weight = nn.Parameter(weight)
+
+    def empty(self, batch: int, like: Tensor) -> Tensor:
+        """Return the past of a new document, zeros [B, K - 1, C]."""
+        return like.new_zeros(batch, self.taps - 1, self.weight.shape[0])
+
+    def forward(self, inputs: tuple[Tensor, ...], context: SequenceContext, past: Tensor | None) -> list[Tensor]:
+        """Convolve packed tokens.
+
+        Args:
+            inputs: q [B, T, H, D], k and v [B, T, G, D], packed.
+            context: lengths and documents.
+            past: the K - 1 inputs before these [B, K - 1, C], zeros where the document has fewer; None is all zeros.
+
+        Returns:
+            The outputs, shaped like the inputs, and then the past of what follows.
+        """
+        x = torch.cat([t.flatten(2) for t in inputs], 2)
+        batch, length, _ = x.shape
+        before = self.taps - 1
+        joined = torch.cat([self.empty(batch, x) if past is None else past.to(x.dtype), x], 1)
+        place = torch.arange(length, device=x.device)
+        out = torch.zeros_like(x)
+        for back in range(self.taps):
+            earlier = joined[:, before - back : before - back + length]
+            if context.starts is not None:
+                seen = (context.starts < 0) | (place - back >= context.starts)
+                earlier = earlier * seen[..., None].to(x.dtype)
+            out = out + self.weight[:, back].to(x.dtype) * earlier
+        lengths = torch.full((batch,), length, device=x.device) if context.lengths is None else context.lengths
+        index = lengths[:, None] + torch.arange(before, device=x.device)  # in `joined`; the call begins at K - 1
+        recent = joined.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+        if context.starts is not None:
+            start = context.starts.gather(1, (lengths - 1).clamp(min=0)[:, None])
+            seen = (start < 0) | (lengths == 0)[:, None] | (index - before >= start)
+            recent = recent * seen[..., None].to(x.dtype)
+        return [*self._split(out), recent]
+
+    def step(self, inputs: tuple[Tensor, ...], past: Tensor) -> list[Tensor]:
+        """Convolve one token [B, heads, D]; `past` is updated in place."""
+        x = torch.cat([t.flatten(1) for t in inputs], 1)
+        joined = torch.cat([past, x[:, None].to(past.dtype)], 1)
+        out = (joined * self.weight.to(past.dtype).T.flip(0)).sum(1)
+        past.copy_(joined[:, 1:])
+        return self._split(out.to(x.dtype))
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        parts = x.split([n * self.head_dim for n in self.heads], -1)
+        return [t.unflatten(-1, (-1, self.head_dim)) for t in parts]

@@ -302,7 +302,7 @@ def _convert(job: Job, model: Any) -> Surgery | None:
     if recipe.mixer is None:
         return None
     torch.manual_seed(job.seed)
-    layers = None if recipe.layers == "all" else list(recipe.layers)
+    layers = recipe.converted_layers(model.config.num_hidden_layers)
     return convert(model, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
 
 

@@ -170,15 +170,17 @@ def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
 
 def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
     count, groups = config.num_hidden_layers, config.num_key_value_heads
-    wrong = [] if recipe.layers == "all" else [index for index in recipe.layers if index >= count]
-    if wrong:
-        raise LinearizeError(f"`layers` names layer {wrong[0]}; the model has layers 0 to {count - 1}.")
+    converted = recipe.converted_layers(count)
     for layer, head in recipe.exact_heads:
         if layer >= count:
             raise LinearizeError(f"`exact_heads` names layer {layer}; the model has layers 0 to {count - 1}.")
         if head >= groups:
             raise LinearizeError(
                 f"`exact_heads` names KV head {head} of layer {layer}; the model has KV heads 0 to {groups - 1}."
+            )
+        if layer not in converted:
+            raise LinearizeError(
+                f"`exact_heads` names KV head {head} of layer {layer}, which `layers` keeps as softmax altogether."
             )
 
 
@@ -188,7 +190,7 @@ def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
 
     if recipe.mixer is None:
         return {}
-    layers = None if recipe.layers == "all" else list(recipe.layers)
+    layers = recipe.converted_layers(network.config.num_hidden_layers)
     surgery = convert(network, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
     decoder = network.get_decoder()
     found = {index: decoder.layers[index].self_attn.mixer for index in surgery.teachers}
@@ -197,8 +199,9 @@ def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
 
 def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
     mixer = recipe.mixer
+    converted = recipe.converted_layers(config.num_hidden_layers)
     for index in range(config.num_hidden_layers):
-        if mixer is None or (recipe.layers != "all" and index not in recipe.layers):
+        if mixer is None or index not in converted:
             yield LayerPlan(index, "softmax")
             continue
         memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)

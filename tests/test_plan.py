@@ -90,6 +90,15 @@ def test_the_given_config_is_left_alone(tiny_config) -> None:
     assert type(config).__name__ == "LlamaConfig"
 
 
+def test_layers_that_stay_softmax_are_planned_and_converted_alike(tiny_config) -> None:
+    plan = make_plan(short("liger", "layers={every: 3}"), tiny_config(num_hidden_layers=7), dtype=torch.float32)
+    assert [layer.index for layer in plan.layers if layer.kind == "softmax"] == [2, 5]
+    softmax_layer = 2 * 2 * 16 * 4
+    assert plan.cache[8192][1] - plan.cache[1024][1] == 2 * softmax_layer * (8192 - 1024)
+    with pytest.raises(LinearizeError, match="layer 2, which `layers` keeps"):
+        make_plan(short("liger", "layers={every: 3}", "exact_heads=[[2,0]]"), tiny_config(num_hidden_layers=7))
+
+
 def test_exact_heads_grow(tiny_config) -> None:
     recipe = short("liger", "layers=[1]", "exact_heads=[[1,0]]")
     plan = make_plan(recipe, tiny_config(), dtype=torch.float32)

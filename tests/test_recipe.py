@@ -119,6 +119,10 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ("name: r\nmixer: {rotary: 1}", ["`mixer.rotary`", "boolean", "1 (int)"]),
         ("name: r\nlayers: [0, one]", ["`layers.1`", "'one' (str)"]),
         ("name: r\nlayers: some", ["`layers`", "'all' or a valid list"]),
+        ("name: r\nlayers: {evry: 8}", ["`layers.evry`", "Did you mean 'every'?"]),
+        ("name: r\nlayers: {every: 8, keep: 0.5}", ["`every` or `keep`"]),
+        ("name: r\nlayers: {}", ["`every` or `keep`"]),
+        ("name: r\nlayers: {keep: 1.5}", ["`layers.keep`", "less than 1"]),
         ("name: r\nexact_heads: [[1, 2, 3]]", ["`exact_heads.0`", "2 items"]),
         ("name: r\nexact_heads: [[1, 2], [1, 2]]", ["repeats a pair"]),
         ("name: r\nexact_heads: [[1, -2]]", ["`exact_heads.0.1`", "greater than or equal to 0"]),
@@ -252,3 +256,30 @@ def test_prepare_refuses_what_would_have_no_effect() -> None:
         liger.prepare(overrides=["quick.tokens=5"])
     with pytest.raises(LinearizeError, match="both set token budgets"):
         liger.prepare(tokens=1000, overrides=["stages.0.tokens=5"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "kept"),
+    [
+        ("{every: 8}", 32, [7, 15, 23, 31]),
+        ("{every: 8}", 30, [7, 15, 23]),
+        ("{every: 2}", 5, [1, 3]),
+        ("{every: 8}", 7, []),
+        ("{keep: 0.25}", 32, [3, 7, 11, 15, 19, 23, 27, 31]),
+        ("{keep: 0.25}", 10, [4, 9]),
+        ("{keep: 0.3}", 10, [2, 5, 9]),
+        ("{keep: 0.9}", 10, [0, 1, 2, 3, 4, 5, 6, 7, 9]),
+    ],
+)
+def test_layers_that_stay_softmax_lie_evenly(layers: str, count: int, kept: list[int]) -> None:
+    recipe = Recipe.from_yaml("liger", [f"layers={layers}"])
+    assert [index for index in range(count) if index not in recipe.converted_layers(count)] == kept
+    again = Recipe.parse(yaml_io.parse(recipe.to_yaml(), "r"), "r")
+    assert again == recipe
+
+
+def test_a_rule_that_keeps_no_layer_or_all_is_an_error() -> None:
+    with pytest.raises(LinearizeError, match="keeps 0 of the model's 4 layers"):
+        Recipe.from_yaml("liger", ["layers={keep: 0.1}"]).converted_layers(4)
+    with pytest.raises(LinearizeError, match="keeps 2 of the model's 2 layers"):
+        Recipe.from_yaml("liger", ["layers={keep: 0.9}"]).converted_layers(2)

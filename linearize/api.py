@@ -18,13 +18,14 @@ from linearize.checkpoint import write_text
 from linearize.data import Corpus, build_corpus, evaluation_rows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
+from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, make_plan
 from linearize.recipe import Recipe
 from linearize.report import model_card, read_metrics, render_html
 from linearize.report.track import tracker
-from linearize.stages import Run, run_stage
+from linearize.stages import Run, has_ended, run_stage
 from linearize.surgery import Surgery, convert
 from linearize.teacher import TeacherInfo, TeacherSource, load_config, load_teacher, resolve
 
@@ -134,11 +135,15 @@ def linearize(
     Raises:
         LinearizeError: something given does not work; the message says what to change.
     """
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
     job = prepare_job(model, recipe, **settings)
     name = f"{job.source.name}-{job.recipe.name.replace('/', '-')}"
     folder = Path(output) if output is not None else Path(name)
     finished = workspace.finished_results(folder, job.settings(), fresh)
     if finished is not None:
+        if push_to_hub is not None:
+            push(folder, push_to_hub)
         return Result(folder, finished, finished_before=True)
     made = workspace.missing_parents(folder)
     work = workspace.open_work_folder(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk))
@@ -151,8 +156,6 @@ def linearize(
             raise
         workspace.publish(work, folder)
     if push_to_hub is not None:
-        from linearize.hub import push
-
         push(folder, push_to_hub)
     return Result(folder, results)
 
@@ -232,7 +235,8 @@ def _stages(
     )
     tokens = seconds = 0.0
     for name, settings in stage_names(job.recipe):
-        watch({"event": "stage", "stage": name, "steps": settings.steps(job.recipe.data.length)})
+        steps = settings.steps(job.recipe.data.length)
+        watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
         spent = run_stage(settings, run, name)
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
@@ -390,13 +394,13 @@ def evaluate_folder(
     from transformers import AutoTokenizer
 
     path = workspace.checkpoint_folder(folder)
-    lock = yaml_io.read(path / workspace.LOCK)
-    recipe = Recipe.parse(lock["settings"]["recipe"], str(path / workspace.LOCK))
+    settings = workspace.locked_settings(path)
+    recipe = Recipe.parse(settings["recipe"], str(path / workspace.LOCK))
     changes = {"source": data, "format": "auto" if data else None, "held_out": rows, "length": length}
     spec = recipe.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
     tokenizer = AutoTokenizer.from_pretrained(path)
     if data is None:
-        held_out = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=lock["settings"]["seed"]).held_out
+        held_out = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=settings["seed"]).held_out
     else:
         held_out = evaluation_rows(spec, tokenizer)
     where = _device(device)
@@ -409,13 +413,17 @@ def evaluate_folder(
         del teacher
     model = load(path, dtype=torch.float32).to(where).eval()
     measured.append(evaluate(model, held_out, reference).row(path.name))
-    return {"model": lock["settings"]["model"], "recipe": recipe.name, "rows": measured}
+    return {"model": settings["model"], "recipe": recipe.name, "rows": measured}
 
 
 def generate_text(
     folder: str | Path, prompt: str, *, max_new_tokens: int = 128, device: str | None = None
 ) -> Iterator[str]:
-    """Yield a greedy continuation of `prompt` by the model in a finished folder, piece by piece."""
+    """Yield a greedy continuation of `prompt` by the model in a finished folder, piece by piece.
+
+    Raises:
+        LinearizeError: the folder holds no linearized model, or the prompt no token.
+    """
     import threading
 
     from transformers import AutoTokenizer, TextIteratorStreamer
@@ -426,8 +434,22 @@ def generate_text(
     model = load(path, dtype="auto").to(where).eval()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
+    inputs.pop("token_type_ids", None)
+    if inputs["input_ids"].numel() == 0:
+        raise LinearizeError("The prompt has no token; give at least a word to go on from.")
     options = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-    thread = threading.Thread(target=model.generate, kwargs=options, daemon=True)
+    failures: list[Exception] = []
+
+    def write() -> None:
+        try:
+            model.generate(**options)
+        except Exception as error:  # raised below, where the caller is
+            failures.append(error)
+            streamer.on_finalized_text("", stream_end=True)
+
+    thread = threading.Thread(target=write, daemon=True)
     thread.start()
     yield from streamer
     thread.join()
+    if failures:
+        raise failures[0]

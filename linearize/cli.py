@@ -14,7 +14,8 @@ from linearize.errors import LinearizeError, UnknownNameError
 app = typer.Typer(
     name="linearize",
     help="Convert pretrained Transformers into gated-linear and hybrid models. Bare flags mean `run`.",
-    epilog="Add --debug to any command to see the traceback behind an error.",
+    epilog="Start with `linearize --model smollm2-135m --recipe liger --quick`. "
+    "Add --debug to any command to see the traceback behind an error.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,7 +24,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", help="Folder, hub id, .gguf file or alias (`linearize ls models`).")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Name or YAML file (`linearize ls recipes`).")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the recipe's.")
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that replace the recipe's.")
 ]
 DataSource = Annotated[str | None, typer.Option("--data", help="builtin, a file, a folder or a hub id.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Total over all stages: 40000, 40K, 2M, 1.5B.")]
@@ -238,6 +239,7 @@ def evaluate(
     data: DataSource = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows.")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens a row.")] = None,
+    device: Device = None,
 ) -> None:
     """Evaluate a finished folder on held-out text."""
     from linearize import api
@@ -245,7 +247,7 @@ def evaluate(
     from linearize.report import quality_cells, rich_table
 
     quiet_libraries()
-    results = api.evaluate_folder(folder, against=against, data=data, rows=rows, length=length)
+    results = api.evaluate_folder(folder, against=against, data=data, rows=rows, length=length, device=device)
     _print(rich_table(quality_cells(results), str(folder)))
 
 
@@ -254,13 +256,14 @@ def generate(
     folder: Folder,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
+    device: Device = None,
 ) -> None:
     """Continue a prompt with a finished model, word by word."""
     from linearize import api
     from linearize.display import quiet_libraries
 
     quiet_libraries()
-    for piece in api.generate_text(folder, prompt, max_new_tokens=max_new_tokens):
+    for piece in api.generate_text(folder, prompt, max_new_tokens=max_new_tokens, device=device):
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()

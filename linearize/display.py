@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ def terminal() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars of transformers, which would run into ours."""
+    """Turn off the progress bars of transformers, which would run into ours, and let warnings be one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 
 
 class RunDisplay:
@@ -54,7 +56,10 @@ class RunDisplay:
         elif kind == "row":
             self.console.print(f"  {escape(_row_words(event['row']))}")
         elif kind == "stage":
-            self._start(event["stage"], event["steps"])
+            if event["ended"]:
+                self.console.print(f"{escape(event['stage'])}: all {event['steps']} steps were done before")
+            else:
+                self._start(event["stage"], event["steps"])
         elif kind == "save":
             self.console.print("Writing the checkpoint and the report")
 

@@ -26,6 +26,18 @@ def check_finished(folder: Path) -> None:
         )
 
 
+def check_repository(repo_id: str) -> None:
+    """Refuse what is no name of a repository.
+
+    Raises:
+        LinearizeError: it is not `owner/name`.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise LinearizeError(
+            f"{repo_id!r} names no repository of the Hub. Expected `owner/name`, such as `me/my-model`."
+        )
+
+
 def push(folder: str | Path, repo_id: str, private: bool = False, token: str | None = None, api: Any = None) -> str:
     """Upload a finished checkpoint in one commit; the repository is created where there is none.
 
@@ -44,10 +56,7 @@ def push(folder: str | Path, repo_id: str, private: bool = False, token: str | N
     """
     folder = Path(folder)
     check_finished(folder)
-    if not REPO_ID.fullmatch(repo_id):
-        raise LinearizeError(
-            f"{repo_id!r} names no repository of the Hub. Expected `owner/name`, such as `me/{folder.name}`."
-        )
+    check_repository(repo_id)
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 

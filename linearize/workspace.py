@@ -46,10 +46,26 @@ def finished_results(output: Path, settings: dict[str, Any], fresh: bool) -> dic
         )
     if fresh:
         return None
-    _same_settings(yaml_io.read(lock)["settings"], settings, output, "was made")
+    _same_settings(locked_settings(output), settings, output, "was made")
     shutil.rmtree(work_folder(output), ignore_errors=True)
     results: dict[str, Any] = json.loads((output / RESULTS).read_text(encoding="utf-8"))
     return results
+
+
+def locked_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings that a finished folder was made with.
+
+    Raises:
+        LinearizeError: its lock file is missing or damaged.
+    """
+    lock = folder / LOCK
+    if not lock.is_file():
+        raise LinearizeError(f"{folder} has no {LOCK}, which says how it was made; give the whole folder of a run.")
+    content = yaml_io.read(lock)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(settings, dict) or not {"model", "seed", "recipe"} <= settings.keys():
+        raise LinearizeError(f"{lock} is damaged: it has no `settings` with model, seed and recipe. Make the run anew.")
+    return settings
 
 
 def open_work_folder(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[], None]) -> Path:
@@ -110,6 +126,9 @@ def publish(work: Path, output: Path) -> None:
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
+    mode = (work / SETTINGS).stat().st_mode
+    for path in (work / FINAL).iterdir():
+        path.chmod(mode)  # safetensors lets its owner alone read what it writes
     (work / FINAL).rename(output)
     sync(output.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -231,10 +231,27 @@ def test_evaluate_and_generate_a_finished_folder(teacher, tmp_path) -> None:
     assert measured[1]["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)
     text = "".join(generate_text(result.output, "abc", max_new_tokens=5))
     assert isinstance(text, str)
+    with pytest.raises(LinearizeError, match="no token"):
+        list(generate_text(result.output, ""))
+    with pytest.raises(ValueError, match="max_new_tokens"):  # what fails in the writing thread comes out here
+        list(generate_text(result.output, "abc", max_new_tokens=-1))
+    lock = result.output / "recipe.lock.yaml"
+    for damage, words in (("settings: {}\n", "is damaged"), ("[]\n", "is damaged"), (None, "has no recipe.lock.yaml")):
+        lock.unlink()
+        if damage is not None:
+            lock.write_text(damage)
+        with pytest.raises(LinearizeError, match=words):
+            evaluate_folder(result.output)
 
 
 def test_a_push_uploads_the_finished_folder(teacher, tmp_path, monkeypatch) -> None:
     pushed = []
-    monkeypatch.setattr("linearize.hub.push", lambda folder, repo: pushed.append((folder, repo)))
+    monkeypatch.setattr("linearize.api.push", lambda folder, repo: pushed.append((folder, repo)))
+    with pytest.raises(LinearizeError, match="owner/name"):
+        linearize(teacher, "liger", tmp_path / "out", push_to_hub="model", **small())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
     result = linearize(teacher, "liger", tmp_path / "out", push_to_hub="me/model", **small())
     assert pushed == [(result.output, "me/model")]
+    assert linearize(teacher, "liger", tmp_path / "out", push_to_hub="me/other", **small()).finished_before
+    assert pushed[1:] == [(result.output, "me/other")]
+    assert len({path.stat().st_mode for path in result.output.iterdir()}) == 1  # others may read what one may read

@@ -287,6 +287,30 @@ def test_ctrl_c_says_how_to_go_on(
     assert (tmp_path / "out.partial").is_dir()
 
 
+def test_a_resumed_run_says_what_was_done_before(
+    capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linearize import api
+
+    run_stage = api.run_stage
+
+    def stop(settings: object, run: object, name: str) -> object:
+        if name == "finetune":
+            raise KeyboardInterrupt
+        return run_stage(settings, run, name)
+
+    words = ["--model", tiny, "--recipe", "liger", "--quick", "--tokens", "1280", "data.length=64"]
+    words += ["--output", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "run_stage", stop)
+        assert run(*words) == 130
+    assert "done before" not in capsys.readouterr().out
+    assert run(*words) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"transfer: all \d+ steps were done before", printed)
+    assert "finetune: all" not in printed
+
+
 def test_the_headline_runs_on_a_tiny_llama_in_its_cache(
     capsys: pytest.CaptureFixture[str], cache: Path, make_teacher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

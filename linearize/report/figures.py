@@ -185,7 +185,8 @@ def quality_figure(results: Results) -> Figure | None:
         log_axis(axes, values, "x", factor=20)
         for place, value in enumerate(given):
             if value is not None:
-                x, across = (value, "data") if np.isfinite(value) else (0, "axes fraction")
+                fits = np.isfinite(value) and (value > 0 or axes.get_xscale() == "linear")
+                x, across = (value, "data") if fits else (0, "axes fraction")
                 axes.annotate(show(value), (x, place), (4, 0), (across, "data"), "offset points", va="center")
         axes.set_yticks(places, [row["name"] for row in rows])
         axes.invert_yaxis()

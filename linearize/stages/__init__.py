@@ -36,4 +36,9 @@ def run_stage(settings: Any, run: Run, name: str) -> dict[str, float]:
     return spent
 
 
-__all__ = ["RUNNERS", "Run", "run_stage"]
+def has_ended(run: Run, name: str) -> bool:
+    """Return whether a stage was run to its end before; what it ended with is not read."""
+    return (run.folder / f"{name}-ended").is_dir()
+
+
+__all__ = ["RUNNERS", "Run", "has_ended", "run_stage"]

@@ -117,3 +117,10 @@ def test_the_figure_shows_each_rows_number(results):
     svg = draw_svg("quality", results)
     for label in ("12.35", "14.81", "0.1235", "after surgery"):
         assert label in svg
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_divergence_of_zero_fits_on_a_logarithmic_axis():
+    """The teacher's own divergence is 0, which has no place there."""
+    rows = [{"name": str(i), "perplexity": 9.0, "kl": kl} for i, kl in enumerate((0.0, 1e-5, 0.5))]
+    assert "<svg" in draw_svg("quality", {"rows": rows})

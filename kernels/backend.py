@@ -16,9 +16,14 @@ BACKENDS = ("reference", "torch", "triton")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _triton_module(op: str) -> bool:
     """Whether this op's Triton file and Triton itself can be imported (neither is at hand in a checkpoint's own file)."""
+    return _importable(op)
+
+
+@cache
+def _importable(op: str) -> bool:
     try:
         return importlib.util.find_spec(f"linearize.kernels.{op}_triton") is not None and (
             importlib.util.find_spec("triton") is not None

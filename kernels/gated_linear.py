@@ -86,7 +86,7 @@ def gated_linear_attention(
     if backend == "triton":
         from linearize.kernels.gated_linear_triton import gated_linear_triton, supported
 
-        if supported(q, v):
+        if supported(q.dtype, q.shape[-1], v.shape[-1]):
             return LinearOutput(
                 *gated_linear_triton(q, k, v, log_decay, scale, with_normalizer, starts, initial_state, initial_norm)
             )

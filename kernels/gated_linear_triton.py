@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import Tile, Tiles, gated_linear_tiles
-from linearize.kernels.launch import Launch, compile_all, is_new, run
+from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
 
 MIN_GATE = -100.0  # exp(-100) is 0 in fp32; keeps -inf out of sums
 
@@ -754,9 +754,10 @@ def _key_grads(
 GATE_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def supported(q: Tensor, v: Tensor) -> bool:
+@torch.compiler.assume_constant_result
+def supported(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Whether the kernels serve these head dims and this dtype."""
-    return gated_linear_tiles(q.dtype, q.shape[-1], v.shape[-1], 1, 1) is not None
+    return gated_linear_tiles(dtype, key_dim, value_dim, 1, 1) is not None
 
 
 def gated_linear_triton(
@@ -790,6 +791,10 @@ def _gate_mode(log_decay: Tensor | None) -> int:
     return 0 if log_decay is None else log_decay.dim() - 2
 
 
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 class _Call:
     """Shapes, strides and compile-time constants that the launches of one call share."""
 
@@ -809,7 +814,7 @@ class _Call:
         if tiles is None:
             raise ValueError(f"no Triton kernel for {q.dtype} with key dim {self.K} and value dim {self.V}.")
         self.tiles: Tiles = tiles
-        self.N = triton.cdiv(self.T, tiles.chunk)
+        self.N = _blocks(self.T, tiles.chunk)
         self.slopes = (False, True) if mode == 2 else (False,)
         self.sizes = (self.T, self.G, self.N)
         gate_strides = (0, 0, 0) if self.gate is None else self.gate.stride()[:3]
@@ -838,6 +843,13 @@ class _Call:
             if with_normalizer:
                 self.z_0 = self.new(self.K).zero_() if initial_norm is None else initial_norm.contiguous()
 
+        given = layout(self.q, self.k, self.v, self.gate, self.starts, self.s_0, self.z_0)
+        self.key = ("gated_linear", given, scale, with_normalizer)
+
+    def scratch(self, *dims: int, when: bool) -> Tensor | None:
+        """A buffer [B, G, *dims] in fp32 between launches, or None."""
+        return self.q.new_empty((self.B, self.G, *dims), dtype=torch.float32) if when else None
+
     def new(self, *dims: int, when: bool = True) -> Tensor:
         """An fp32 tensor a state: [B, G, *dims], or an empty one."""
         return self.q.new_empty((self.B, self.G, *dims) if when else (0,), dtype=torch.float32)
@@ -846,20 +858,22 @@ class _Call:
         self, kernel: object, grid: tuple[int, int, int], tile: Tile, args: tuple[object, ...], **constants: object
     ) -> Launch:
         """A launch of `kernel` with what all launches share."""
-        return Launch(kernel, grid, args, self.constants | constants, tile.warps, tile.stages)
+        return Launch(kernel, grid, args, self.constants, constants, tile.warps, tile.stages)
 
-    def states(self, final: bool) -> tuple[Launch, tuple[Tensor, ...]]:
+    def states(self, final: bool) -> tuple[Launch, tuple[Tensor | None, ...]]:
         """The launch of `_states`, and what it fills: states, norms, gate sums of chunks; last state, last norm."""
         tile = self.tiles.states
         vector = self.constants["GATE"] == 2
         before = (
             self.q.new_empty((self.B * self.G, self.N, self.K, self.V), dtype=self.state_dtype),
-            self.new(self.N, self.K, when=self.norm),
-            self.new(self.N, self.K, when=vector),
+            self.scratch(self.N, self.K, when=self.norm),
+            self.scratch(self.N, self.K, when=vector),
         )
-        last = self.new(self.K, self.V, when=final), self.new(self.K, when=final and self.norm)
+        last = (None, None)
+        if final:
+            last = self.new(self.K, self.V), self.new(self.K, when=self.norm)
         _, k_s, v_s, g_s = self.strides
-        grid = (triton.cdiv(self.K, tile.key), triton.cdiv(self.V, tile.value), self.B * self.G)
+        grid = (_blocks(self.K, tile.key), _blocks(self.V, tile.value), self.B * self.G)
         args = (
             self.k,
             self.v,
@@ -882,7 +896,7 @@ class _Call:
         o = self.v.new_empty((self.B, self.T, self.H, self.V))
         sums = self.q.new_empty((self.B, self.T, self.H) if self.norm else (0,), dtype=torch.float32)
         tile = self.tiles.outputs
-        grid = (self.N, triton.cdiv(self.V, tile.value), self.B * self.G)
+        grid = (self.N, _blocks(self.V, tile.value), self.B * self.G)
         args = (
             self.q, self.k, self.v, self.gate, self.starts, states, norms, totals, o, sums, *self.sizes, self.scale,
             *(n for s in self.strides for n in s),
@@ -897,7 +911,7 @@ class _Call:
     ) -> tuple[list[Launch], tuple[Tensor, ...]]:
         """Launches of the backward, and the gradients of q, k, v, gates (in parts), first state, first norm."""
         first, (states, norms, totals, _, _) = self.states(final=False)
-        d_states, d_norms = torch.empty_like(states), torch.empty_like(norms)
+        d_states, d_norms = torch.empty_like(states), self.scratch(self.N, self.K, when=self.norm)
         init = bool(self.constants["INIT"])
         ds_0, dz_0 = self.new(self.K, self.V, when=init), self.new(self.K, when=init and self.norm)
         q_s, k_s, v_s, g_s = self.strides
@@ -905,7 +919,7 @@ class _Call:
         launches = [
             first,
             self.launch(
-                _state_grads, (triton.cdiv(self.K, tile.key), triton.cdiv(self.V, tile.value), self.B * self.G), tile,
+                _state_grads, (_blocks(self.K, tile.key), _blocks(self.V, tile.value), self.B * self.G), tile,
                 (self.q, do, self.gate, self.starts, d_sums, d_state, d_norm, d_states, d_norms, ds_0, dz_0,
                  *self.sizes, self.scale, *q_s, *g_s),
                 BK=tile.key, BV=tile.value, FINAL=d_state is not None, NORM_FINAL=self.norm and d_norm is not None,
@@ -916,11 +930,11 @@ class _Call:
         args: tuple[object, ...] = (
             self.q, self.k, self.gate, self.starts, do, d_states, totals, dv, *self.sizes, self.scale, *q_s, *k_s, *g_s
         )  # fmt: skip
-        grid = (self.N, triton.cdiv(self.V, tile.value), self.B * self.G)
+        grid = (self.N, _blocks(self.V, tile.value), self.B * self.G)
         for steep in self.slopes:
             launches.append(self.launch(_value_grads, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value))
         tile = self.tiles.key_grads
-        parts = triton.cdiv(self.K, tile.key)
+        parts = _blocks(self.K, tile.key)
         if self.gate is None:
             dg = self.q.new_empty((0,))
         elif self.gate.dim() == 4:
@@ -950,10 +964,10 @@ def _run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _Call(q, k, v, log_decay, starts, initial_state, initial_norm, scale, with_normalizer)
     launches, outputs = call.forward()
-    if is_new(launches):
+    if is_new(q, call.key):
         later = call.backward(outputs[0], outputs[1], None, None)[0] if q.requires_grad else []
         compile_all(launches + later)
-    run(launches)
+    run(launches, call.key)
     return outputs
 
 
@@ -978,9 +992,10 @@ def _run_backward(
         d_sums = q.new_zeros(q.shape[:3], dtype=torch.float32) if d_sums is None else d_sums.contiguous()
     d_state, d_norm = (None if x is None else x.contiguous() for x in (d_state, d_norm))
     launches, (dq, dk, dv, dg, ds_0, dz_0) = call.backward(do, d_sums, d_state, d_norm)
-    if is_new(launches):
+    key = (*call.key, layout(do), d_state is None, d_norm is None)
+    if is_new(q, key):
         compile_all(launches)
-    run(launches)
+    run(launches, key)
     if log_decay is not None and log_decay.dim() == 3:
         dg = dg.sum(0).to(log_decay.dtype)
     return dq, dk, dv, dg, ds_0, dz_0

@@ -1,12 +1,12 @@
 """Launch Triton kernels with little host time, and compile those that a call needs at once, in threads.
 
-A launch through Triton binds and specialises its 40 arguments anew every time. Here the compiled kernel is kept under a
-key of all that it can be specialised on, and called directly from the second time on.
+A launch through Triton binds and specialises its 40 arguments anew every time. Here the compiled kernels of a call are
+kept under a key of all that they can be specialised on, and called directly from the second time on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 THREADS = 8
-_compiled: dict[tuple[Any, ...], Any] = {}
+_plans: dict[Hashable, list[tuple[Any, tuple[Any, ...]]]] = {}
 
 
-@dataclass
+@dataclass(slots=True)
 class Launch:
     """One launch.
 
@@ -27,6 +27,7 @@ class Launch:
         grid: three sizes.
         args: its run-time arguments in order.
         constants: its compile-time arguments by name; names that it does not have are left out.
+        more: further ones.
         warps: warps a program.
         stages: depth of the software pipeline.
     """
@@ -35,45 +36,53 @@ class Launch:
     grid: tuple[int, int, int]
     args: tuple[Any, ...]
     constants: dict[str, Any]
+    more: dict[str, Any]
     warps: int
     stages: int
 
-    def __post_init__(self) -> None:
-        names = self.kernel.arg_names[len(self.args) :]
-        self.values = tuple(self.constants[name] for name in names)
-        bound = tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in self.args)
-        self.key = (id(self.kernel), self.device(), bound, self.values, self.warps, self.stages)
-
-    def device(self) -> torch.device:
-        """Where its first tensor is."""
-        return next(x.device for x in self.args if isinstance(x, Tensor))
+    def values(self) -> tuple[Any, ...]:
+        """Compile-time arguments in order."""
+        known = self.constants | self.more
+        return tuple(known[name] for name in self.kernel.arg_names[len(self.args) :])
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for Triton's own launch."""
         names = self.kernel.arg_names[len(self.args) :]
-        return dict(zip(names, self.values, strict=True)) | {"num_warps": self.warps, "num_stages": self.stages}
+        return dict(zip(names, self.values(), strict=True)) | {"num_warps": self.warps, "num_stages": self.stages}
 
     def compile(self) -> None:
         """Compile without launching."""
-        with torch.cuda.device(self.device()):
+        with torch.cuda.device(next(x.device for x in self.args if isinstance(x, Tensor))):
             self.kernel.warmup(*self.args, grid=self.grid, **self.options())
 
 
-def run(launches: Sequence[Launch]) -> None:
-    """Launch in order, on the current stream."""
-    for launch in launches:
-        compiled = _compiled.get(launch.key)
-        if compiled is None:
-            compiled = launch.kernel[launch.grid](*launch.args, **launch.options())
-            if hasattr(compiled, "packed_metadata"):  # not so in the interpreter
-                _compiled[launch.key] = compiled
-        else:
-            compiled[launch.grid](*launch.args, *launch.values)
+def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """All that kernels can be specialised on in these tensors: device, dtypes, shapes, strides, alignment."""
+    return tuple(
+        None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16 == 0, x.get_device()) for x in tensors
+    )
 
 
-def is_new(launches: Sequence[Launch]) -> bool:
-    """Whether the first of these was never launched on a GPU."""
-    return launches[0].key not in _compiled and launches[0].device().type == "cuda"
+def run(launches: Sequence[Launch], key: Hashable) -> None:
+    """Launch in order on the current stream; `key` names the call: see `layout`."""
+    plan = _plans.get(key)
+    if plan is not None:
+        for launch, (compiled, values) in zip(launches, plan, strict=True):
+            compiled[launch.grid](*launch.args, *values)
+        return
+    built = [launch.kernel[launch.grid](*launch.args, **launch.options()) for launch in launches]
+    if all(hasattr(compiled, "packed_metadata") for compiled in built):  # not so in the interpreter
+        _plans[key] = [(compiled, launch.values()) for compiled, launch in zip(built, launches, strict=True)]
+
+
+def forget() -> None:
+    """Go through Triton's own launch again."""
+    _plans.clear()
+
+
+def is_new(tensor: Tensor, key: Hashable) -> bool:
+    """Whether the call `key` was never launched on the GPU of `tensor`."""
+    return tensor.is_cuda and key not in _plans
 
 
 def compile_all(launches: Sequence[Launch]) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels.launch import Launch, run
+from linearize.kernels.launch import Launch, layout, run
 
 
 @triton.jit
@@ -185,7 +185,9 @@ def _run(
         "WRITE": write, "SINKS": sink_k is not None, "GATE": 0 if gate is None else gate.dim() - 1,
         "NORM": norm is not None, "PREC": "tf32x3",
     }  # fmt: skip
-    run([Launch(_step, (parts + int(window), B * G, 1), args, constants, warps=4, stages=2)])
+    given = (q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, state, norm)
+    key = ("step", layout(*given), scale_w, scale_m, write)
+    run([Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], key)
     return o_w, lse, row_max, o_m, sums
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import Blocks, window_tiles
-from linearize.kernels.launch import Launch, compile_all, is_new, run
+from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
 
 
 @triton.jit
@@ -295,8 +295,8 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int,
 
 def _launch(kernel: object, heads: int, rows: int, T: int, B: int, tile: Blocks, args: tuple, shared: dict) -> Launch:
     """A launch over blocks of `rows` tokens."""
-    constants = shared | {"M": tile.queries, "N": tile.keys}
-    return Launch(kernel, (heads, triton.cdiv(T, rows), B), args, constants, tile.warps, tile.stages)
+    more = {"M": tile.queries, "N": tile.keys}
+    return Launch(kernel, (heads, -(-T // rows), B), args, shared, more, tile.warps, tile.stages)
 
 
 def _run_forward(
@@ -315,12 +315,13 @@ def _run_forward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shared = _shared(q, k, v, starts, window, sinks)
     launches = [_launch(_forward_kernel, H, tile.queries, T, B, tile, (*args, *strides), shared)]
-    if is_new(launches):
+    key = ("window", layout(q, k, v, starts), window, sinks, scale)
+    if is_new(q, key):
         later = []
         if needs_grad:
             later = _grad_launches(o, lse, lse, q, k, v, starts, o, lse, row_arg, window, sinks, scale)[0]
         compile_all(launches + later)
-    run(launches)
+    run(launches, key)
     return o, lse, row_max, row_arg
 
 
@@ -349,9 +350,10 @@ def _run_backward(
     starts = None if starts is None else starts.contiguous()
     given = (do.contiguous(), d_lse.contiguous(), d_max.contiguous(), q, k, v, starts, o, lse, row_arg)
     launches, grads = _grad_launches(*given, window, sinks, scale)
-    if is_new(launches):
+    key = ("window_grad", layout(q, k, v, starts, given[0]), window, sinks, scale)
+    if is_new(q, key):
         compile_all(launches)
-    run(launches)
+    run(launches, key)
     return grads
 
 

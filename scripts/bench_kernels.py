@@ -231,7 +231,9 @@ def check(full: bool, jobs: int) -> bool:
                 failed += 1
                 print(f"FAIL {name} {dtype}: {errors}", flush=True)
                 continue
-            bad = {n: f"{e:.1e}" for n, e in errors.items() if e > BOUNDS[dtype]}
+            # A fixed gate's gradient is one number a head, a sum over all tokens that can come out near 0.
+            slack = {"dg": 10.0} if "fixed" in name else {}
+            bad = {n: f"{e:.1e}" for n, e in errors.items() if e > BOUNDS[dtype] * slack.get(n, 1.0)}
             if bad:
                 failed += 1
                 print(f"FAIL {name} {dtype}: {bad}", flush=True)
@@ -248,7 +250,7 @@ def check(full: bool, jobs: int) -> bool:
 
 @dataclass
 class Row:
-    """One line of the table; times in ms, memory in MiB."""
+    """One line of the table; times in ms (`graph`: forward and backward under a CUDA graph), memory in MiB."""
 
     name: str
     shape: str
@@ -256,6 +258,7 @@ class Row:
     both: float
     low: float
     high: float
+    graph: float
     peak: float
     first: float
 
@@ -277,9 +280,10 @@ def measure(name: str, shape: str, run: Callable[[], Tensor], inputs: list[Tenso
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     forward = triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
     mid, low, high = triton.testing.do_bench(both, warmup=10, rep=100, quantiles=[0.5, 0.1, 0.9])
-    row = Row(name, shape, forward, mid, low, high, peak, first)
+    graph = triton.testing.do_bench_cudagraph(both, rep=40, return_mode="median")
+    row = Row(name, shape, forward, mid, low, high, graph, peak, first)
     print(
-        f"{name:26} {shape:22} {forward:7.3f} {mid:7.3f} [{low:.3f}, {high:.3f}] ms "
+        f"{name:26} {shape:22} {forward:7.3f} {mid:7.3f} [{low:.3f}, {high:.3f}] graph {graph:7.3f} ms "
         f"{peak:5.0f} MiB, first {first:.1f} s",
         flush=True,
     )
@@ -296,7 +300,7 @@ def inputs_for(shape: tuple[int, ...], gate: str) -> tuple[list[Tensor], Tensor 
 
 def our_rows(name: str, shape: tuple[int, ...]) -> Iterator[Row]:
     """Our ops at one shape."""
-    for gate in ("none", "scalar", "vector"):
+    for gate in ("vector", "scalar", "none"):
         yield linear_row(gate, name, shape)
     (q, k, v), g = inputs_for(shape, "vector")
     yield measure("window 64", name, lambda: window_attention(q, k, v, window=64).o, [q, k, v])
@@ -400,10 +404,13 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check every shipped configuration and stop")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--peers", nargs="*", default=["sdpa", "flex"], choices=["sdpa", "flex", "gla", "delta"])
+    parser.add_argument("--unchecked", action="store_true", help="time without the check, after a run of --check")
     parser.add_argument("--jobs", type=int, default=12, help="processes that check")
     parser.add_argument("--csv", help="write the table here")
     options = parser.parse_args()
-    if not check(options.check, options.jobs):
+    if options.unchecked:
+        print("UNCHECKED: run --check at the same commit")
+    elif not check(options.check, options.jobs):
         sys.exit("The check failed: nothing is timed.")
     if options.check:
         return

@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from linearize.kernels import configs, gated_linear_triton
+from linearize.kernels import configs, gated_linear_triton, launch
 from linearize.kernels.configs import Tile
 
 SHAPE = (4, 2048, 32, 8, 128, 128)
@@ -40,10 +40,10 @@ BLOCKS = {
 }
 
 
-def candidates(launch: str) -> Iterator[Tile]:
+def candidates(name: str) -> Iterator[Tile]:
     """Tiles to try for one launch."""
-    stages = (2, 3, 4) if launch == "states" else (1, 2)
-    for (key, value), warps, depth in itertools.product(BLOCKS[launch], (4, 8), stages):
+    stages = (2, 3, 4) if name == "states" else (1, 2)
+    for (key, value), warps, depth in itertools.product(BLOCKS[name], (4, 8), stages):
         if not (warps == 8 and key * value < 4096):
             yield Tile(key, value, warps, depth)
 
@@ -55,10 +55,12 @@ def captured() -> Iterator[list[Any]]:
     original = JITFunction.run
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        launches.append((self.__name__, lambda: original(self, *args, **kwargs)))
+        if not kwargs["warmup"]:
+            launches.append((self.__name__, lambda: original(self, *args, **kwargs)))
         return original(self, *args, **kwargs)
 
     JITFunction.run = run
+    launch.forget()
     try:
         yield launches
     finally:
@@ -83,21 +85,21 @@ def gated_linear_call(gate: str, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return call
 
 
-def timed(gate: str, shape: tuple[int, ...], launch: str, tile: Tile, measure: bool = True) -> float:
+def timed(gate: str, shape: tuple[int, ...], name: str, tile: Tile, measure: bool = True) -> float:
     """Milliseconds of one launch with `tile`."""
     original = configs.gated_linear_tiles
 
     def tiles(*args: Any, **kwargs: Any) -> Any:
-        return dataclasses.replace(original(*args, **kwargs), **{launch: tile})
+        return dataclasses.replace(original(*args, **kwargs), **{name: tile})
 
     gated_linear_triton.gated_linear_tiles = tiles
     try:
         with captured() as launches:
             gated_linear_call(gate, shape, torch.bfloat16)()
-        again = next(run for name, run in launches if name == KERNELS[launch])
+        again = next(run for kernel, run in launches if kernel == KERNELS[name])
         return triton.testing.do_bench(again, warmup=5, rep=30, return_mode="median") if measure else 0.0
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
-        print(launch, tile, type(error).__name__)
+        print(name, tile, type(error).__name__)
         return float("inf")
     finally:
         gated_linear_triton.gated_linear_tiles = original

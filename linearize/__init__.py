@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from linearize.planning import Plan
     from linearize.recipe import (
         Data,
+        Distill,
         Finetune,
         Lora,
         Mixer,
@@ -71,7 +72,19 @@ _HOME = {
     **dict.fromkeys(("Result", "linearize", "load", "plan"), "linearize.api"),
     "Plan": "linearize.planning",
     **dict.fromkeys(
-        ("Data", "Finetune", "Lora", "Mixer", "Optimizer", "Part", "Quick", "Recipe", "Transfer", "Window"),
+        (
+            "Data",
+            "Distill",
+            "Finetune",
+            "Lora",
+            "Mixer",
+            "Optimizer",
+            "Part",
+            "Quick",
+            "Recipe",
+            "Transfer",
+            "Window",
+        ),
         "linearize.recipe",
     ),
     **dict.fromkeys(
@@ -81,6 +94,7 @@ _HOME = {
 
 __all__ = [
     "Data",
+    "Distill",
     "Finetune",
     "LinearizeError",
     "Lora",

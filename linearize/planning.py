@@ -53,7 +53,7 @@ class StagePlan:
     """One stage: its tokens and optimizer steps, and how many parameters train.
 
     Attributes:
-        name: `transfer` or `finetune`.
+        name: `transfer`, `finetune` or `distill`.
         tokens: the budget.
         steps: optimizer steps that it takes.
         trained: parameters.
@@ -244,6 +244,8 @@ def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int
         return own + sum(_lora_size(getattr(layer, name), stage.lora.r) for layer in layers for name in targets)
     if stage.train == "full":
         return _count(network.parameters())
+    if stage.train == "mixer":
+        return own
     return _finetune_lora_size(stage, network) + (own if stage.train_mixer else 0)
 
 

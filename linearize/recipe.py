@@ -179,7 +179,47 @@ class Finetune(Stage):
         return self
 
 
-AnyStage: TypeAlias = Annotated[Transfer | Finetune, Field(discriminator="stage")]
+class Distill(Stage):
+    """End-to-end distillation: the student's next-token distribution is brought to the teacher's.
+
+    The loss is the mean over the labelled tokens of `kl * temperature^2 * KL + cross_entropy * CE`, where both
+    distributions are taken at `temperature` (Hinton et al., arXiv:1503.02531). The teacher is the same model with the
+    attention that was replaced, so its weights must not train.
+
+    Args:
+        train: `lora` adapters, or the `mixer`s' own parameters alone.
+        train_mixer: the mixers' own parameters train too.
+        divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
+        temperature: divides the logits of both.
+        kl: factor on the divergence.
+        cross_entropy: factor on the cross-entropy of the labels.
+        gradient_checkpointing: recompute activations in the backward pass; changes memory only.
+    """
+
+    stage: Literal["distill"] = "distill"
+    train: Literal["lora", "mixer", "full"] = "lora"
+    train_mixer: bool = True
+    divergence: Literal["forward", "reverse"] = "forward"
+    temperature: float = Field(1.0, gt=0)
+    kl: float = Field(1.0, gt=0)
+    cross_entropy: float = Field(0.0, ge=0)
+    lora: Lora = Lora()
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check_train(self) -> Self:
+        if self.train == "full":
+            raise ValueError(
+                "`train: full` would move the teacher, whose weights the student shares; use `train: lora` or `mixer`"
+            )
+        if self.train == "mixer" and self.lora != Lora():
+            raise ValueError("`lora` is set but `train: mixer` has no adapters; use `train: lora`, or drop `lora`")
+        if self.train == "mixer" and not self.train_mixer:
+            raise ValueError("`train: mixer` with `train_mixer: false` trains nothing")
+        return self
+
+
+AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill, Field(discriminator="stage")]
 
 
 class SoftmaxLayers(Strict):
@@ -257,14 +297,33 @@ class Recipe(Strict):
     def _check(self) -> Self:
         self._check_layers()
         self._check_exact_heads()
-        if self.mixer is None and any(isinstance(stage, Transfer) for stage in self.stages):
-            raise ValueError("a `transfer` stage needs a mixer to train, and `mixer` is null")
-        kinds = [stage.stage for stage in self.stages]
-        if "transfer" in kinds[kinds.index("finetune") :] if "finetune" in kinds else False:
-            raise ValueError(
-                "a `transfer` stage stands behind a `finetune` stage, which has changed its teacher by then"
-            )
+        self._check_stages()
         return self
+
+    def _check_stages(self) -> None:
+        earlier: list[Finetune | Distill] = []
+        for stage in self.stages:
+            if stage.stage != "finetune" and self.mixer is None:
+                raise ValueError(f"a `{stage.stage}` stage needs a mixer to train, and `mixer` is null")
+            if isinstance(stage, Transfer):
+                if earlier:
+                    raise ValueError(
+                        f"a `transfer` stage stands behind a `{earlier[0].stage}` stage, which has changed its teacher "
+                        "by then"
+                    )
+                continue
+            if isinstance(stage, Distill) and not all(map(self._keeps_teacher, earlier)):
+                raise ValueError(
+                    "a `distill` stage stands behind a stage that changed weights which its teacher shares; before "
+                    "it, train LoRA on q_proj, k_proj, v_proj or o_proj alone, with `layers: all`"
+                )
+            earlier.append(stage)
+
+    def _keeps_teacher(self, stage: Finetune | Distill) -> bool:
+        """Whether a stage changes nothing but converted attention, of which the teacher has its own."""
+        if stage.train == "lora":
+            return self.layers == "all" and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+        return stage.train == "mixer"
 
     def _check_layers(self) -> None:
         if self.layers == "all":

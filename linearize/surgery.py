@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +31,41 @@ class Surgery:
     teachers: dict[int, nn.Module]
     teacher_classes: tuple[type, type, type]
     _orders: dict[int, list[int]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def installed(self, attention: Mapping[int, nn.Module]) -> Iterator[None]:
+        """Run the decoder as the teacher's class, with other modules in the place of the converted attention.
+
+        Args:
+            attention: by layer; with `teachers`, the decoder is the teacher.
+        """
+        decoder = self.model.get_decoder()
+        linearized = type(decoder)
+        students = {index: decoder.layers[index].self_attn for index in attention}
+        decoder.__class__ = self.teacher_classes[1]
+        for index, module in attention.items():
+            decoder.layers[index].self_attn = module
+        try:
+            yield
+        finally:
+            decoder.__class__ = linearized
+            for index, student in students.items():
+                decoder.layers[index].self_attn = student
+
+    def separate(self, names: Iterable[str]) -> None:
+        """Give the student copies of the projections that it shares with the teacher and that are about to change.
+
+        Args:
+            names: entries of the model's state dict that will be written.
+        """
+        decoder = self.model.get_decoder()
+        changed = [f".{name}" for name in names]
+        for index, teacher in self.teachers.items():
+            student = decoder.layers[index].self_attn
+            for name, child in teacher.named_children():
+                shared = getattr(student, name, None) is child
+                if shared and any(f".layers.{index}.self_attn.{name}." in key for key in changed):
+                    setattr(student, name, copy.deepcopy(child))
 
     def undo(self) -> Any:
         """Put the teacher's attention back and return the model, bit-equal to what it was."""

@@ -6,10 +6,15 @@ from typing import Any
 
 from linearize import checkpoint
 from linearize.stages.base import Run, StageRunner, train
+from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
 from linearize.stages.transfer import TransferRunner
 
-RUNNERS: dict[str, type[StageRunner]] = {"transfer": TransferRunner, "finetune": FinetuneRunner}
+RUNNERS: dict[str, type[StageRunner]] = {
+    "transfer": TransferRunner,
+    "finetune": FinetuneRunner,
+    "distill": DistillRunner,
+}
 
 
 def run_stage(settings: Any, run: Run, name: str) -> dict[str, float]:
@@ -27,6 +32,8 @@ def run_stage(settings: Any, run: Run, name: str) -> dict[str, float]:
     ended = run.folder / f"{name}-ended"
     found = checkpoint.load(ended)
     if found is not None:
+        if run.surgery is not None:
+            run.surgery.separate(found[0])
         run.model.load_state_dict(found[0], strict=False)
         return found[1]
     spent = train(runner, name)

@@ -17,6 +17,12 @@ TOKENS_PER_CHUNK = 1024
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
+def logits_of(model: Any, states: Tensor) -> Tensor:
+    """Return a model's logits from final hidden states [..., hidden]; Granite divides them by `logits_scaling`."""
+    logits: Tensor = model.get_output_embeddings()(states)
+    return logits / getattr(model.config, "logits_scaling", 1.0)
+
+
 class FinetuneRunner(StageRunner):
     """The stage on a whole model."""
 
@@ -28,10 +34,12 @@ class FinetuneRunner(StageRunner):
         if self.settings.train == "full":
             model.float().requires_grad_(True)
             trained = dict(model.named_parameters())
-        else:
+        elif self.settings.train == "lora":
             add_lora(model, self.settings.lora)
             model.requires_grad_(False)
             trained = lora_parameters(model)
+        else:
+            trained = {}
         if self.settings.train_mixer:
             trained.update({n: p for n, p in model.named_parameters() if ".self_attn.mixer." in n})
         for parameter in trained.values():
@@ -47,26 +55,35 @@ class FinetuneRunner(StageRunner):
         ).last_hidden_state
         return states
 
+    def _reference(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor | None:
+        """What `_loss` compares with besides the labels, for each of the chosen tokens; nothing here."""
+        return None
+
+    def _loss(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+        """The sum of the losses of logits [N, vocabulary] in fp32 with targets [N]."""
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        if self.settings.z_loss:
+            loss = loss + self.settings.z_loss * logits.logsumexp(-1).square().sum()
+        return loss
+
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
-        """Add gradients of the mean cross-entropy (and z-loss); logits exist only a chunk of tokens at a time."""
+        """Add gradients of the mean loss over the labels; logits exist only a chunk of tokens at a time."""
         inputs = rows.inputs(self.run.device)
         targets = inputs["labels"][:, 1:]
         chosen = targets != -100
         targets = targets[chosen]
+        reference = self._reference(inputs, chosen)
         with self.run.precision():
             states = self._states(inputs)
         wanted = states[:, :-1][chosen]
         leaf = wanted.detach().requires_grad_()
-        head = self.run.model.get_output_embeddings()
         total = 0.0
         for begin in range(0, len(targets), TOKENS_PER_CHUNK):
             part = slice(begin, begin + TOKENS_PER_CHUNK)
             with self.run.precision():
-                logits = head(leaf[part])
-            loss = F.cross_entropy(logits.float(), targets[part], reduction="sum")
-            if self.settings.z_loss:
-                loss = loss + self.settings.z_loss * logits.float().logsumexp(-1).square().sum()
-            loss = loss * (share / len(targets))
+                logits = logits_of(self.run.model, leaf[part])
+            beside = None if reference is None else reference[part]
+            loss = self._loss(logits.float(), targets[part], beside) * (share / len(targets))
             loss.backward()
             total += float(loss.detach())
         wanted.backward(leaf.grad)
@@ -75,12 +92,11 @@ class FinetuneRunner(StageRunner):
     @torch.no_grad()
     def held_out_loss(self, rows: PackedRows) -> float:
         """Return the mean cross-entropy of the rows, each row with the same weight."""
-        head = self.run.model.get_output_embeddings()
         losses = []
         for index in range(len(rows)):
             inputs = rows[index : index + 1].inputs(self.run.device)
             with self.run.precision():
-                logits = head(self._states(inputs)[:, :-1])
+                logits = logits_of(self.run.model, self._states(inputs)[:, :-1])
             losses.append(F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"][:, 1:].flatten()))
         return float(torch.stack(losses).mean())
 
@@ -111,5 +127,6 @@ class FinetuneRunner(StageRunner):
         """Everything, or the adapted projections and, if they train, the mixers."""
         if self.settings.train == "full":
             return True
-        adapted = any(f".{target}." in name for target in self.settings.lora.targets)
+        targets = self.settings.lora.targets if self.settings.train == "lora" else []
+        adapted = any(f".{target}." in name for target in targets)
         return adapted or (self.settings.train_mixer and ".self_attn.mixer." in name)

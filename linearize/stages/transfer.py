@@ -7,8 +7,6 @@ layers are isolated from each other and only one layer's graph exists at a time.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -108,20 +106,6 @@ class TransferRunner(StageRunner):
             groups.setdefault(name.split(".")[1], []).append(parameter)
         return list(groups.values())
 
-    @contextlib.contextmanager
-    def _installed(self, training: bool) -> Iterator[None]:
-        """Run the decoder as the teacher's class, with the transfer layers in place."""
-        linearized = type(self.decoder)
-        self.decoder.__class__ = self.surgery.teacher_classes[1]
-        for index, layer in self.layers.items():
-            self.decoder.layers[index].self_attn = layer.train(training)
-        try:
-            yield
-        finally:
-            self.decoder.__class__ = linearized
-            for index, layer in self.layers.items():
-                self.decoder.layers[index].self_attn = layer.student
-
     def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> list[float]:
         inputs = rows.inputs(self.run.device)
         inputs.pop("labels")
@@ -129,7 +113,8 @@ class TransferRunner(StageRunner):
         context = sequence_context(batch, length, None, inputs["position_ids"], None)
         for layer in self.layers.values():
             layer.share = share
-        with self._installed(training), torch.no_grad(), self.run.precision():
+            layer.train(training)
+        with self.surgery.installed(self.layers), torch.no_grad(), self.run.precision():
             self.decoder(**inputs, use_cache=False, sequence_context=context)
         return torch.stack([layer.loss for layer in self.layers.values()]).tolist()
 

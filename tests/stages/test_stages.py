@@ -7,9 +7,10 @@ import torch
 
 from linearize.data import Corpus, PackedRows
 from linearize.errors import LinearizeError
-from linearize.recipe import Finetune, Lora, Mixer, Optimizer, Stage, Transfer
+from linearize.recipe import Distill, Finetune, Lora, Mixer, Optimizer, Recipe, Stage, Transfer
 from linearize.stages import Run, run_stage
 from linearize.stages.base import learning_rate
+from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
 from linearize.stages.transfer import TransferRunner
 from linearize.surgery import convert
@@ -241,3 +242,116 @@ def test_a_plateau_lowers_the_rate_and_survives_a_restart(make_run, monkeypatch)
     run_stage(settings, again, "finetune")
     assert rates[0] == 1e-3 and rates[-1] == pytest.approx(1e-4)
     assert Path(again.metrics).read_text().count("\n") == 16
+
+
+def logits_of(run, rows: PackedRows) -> torch.Tensor:
+    """The logits [N, vocabulary] that a run's model gives for the labelled tokens of rows."""
+    inputs = rows.inputs()
+    out = run.model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False).logits
+    return out[:, :-1][inputs["labels"][:, 1:] != -100]
+
+
+def move(parameters, seed: int = 5) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Distill(),
+        Distill(divergence="reverse", temperature=2.0, lora=Lora(targets=["q_proj", "up_proj", "lm_head"])),
+        Distill(train="mixer", temperature=0.5, kl=0.7, cross_entropy=0.3),
+    ],
+)
+def test_distillation_is_the_mean_divergence_per_label(make_run, corpus, monkeypatch, settings) -> None:
+    """Against the formula on whole logits, where the teacher is another model and adapters are far from zero."""
+    monkeypatch.setattr("linearize.stages.finetune.TOKENS_PER_CHUNK", 7)
+    rows = corpus.train[:2]
+    with torch.no_grad():
+        teacher = logits_of(make_run(), rows).double()
+    run = make_run(LIGER)
+    runner = DistillRunner(settings, run)
+    trained = runner.prepare()
+    move(trained.values())
+    loss = runner.backward(rows, 1.0)["loss"]
+    got = {name: p.grad.clone() for name, p in trained.items()}
+    run.model.zero_grad()
+    inputs = rows.inputs()
+    targets = inputs["labels"][:, 1:][inputs["labels"][:, 1:] != -100]
+    student = logits_of(run, rows).double()
+    wanted = torch.zeros(()).double()
+    for ours, theirs, target in zip(student, teacher, targets, strict=True):
+        p, q = (theirs / settings.temperature).softmax(0), (ours / settings.temperature).softmax(0)
+        if settings.divergence == "reverse":
+            p, q = q, p
+        wanted = wanted + settings.kl * settings.temperature**2 * (p * (p / q).log()).sum()
+        wanted = wanted - settings.cross_entropy * ours.softmax(0)[target].log()
+    wanted = wanted / len(targets)
+    wanted.backward()
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
+    for name, parameter in trained.items():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert set(got) == {n for n, p in run.model.named_parameters() if p.requires_grad}
+
+
+def test_distillation_lowers_the_divergence_and_leaves_the_teacher_as_it_was(make_run) -> None:
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        before = make_run().model(ids).logits
+    run = make_run(LIGER)
+    losses = []
+    run.progress = lambda record: losses.append(record["loss"])
+    settings = Distill(tokens=48 * 2 * 30, batch=2, optimizer=FAST)
+    run_stage(settings, run, "distill")
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    with torch.no_grad():
+        assert torch.equal(run.surgery.undo()(ids).logits, before)
+
+
+def test_a_stage_that_is_loaded_again_leaves_the_teacher_as_it_was(make_run, corpus) -> None:
+    """A restarted run distills from the same teacher as one that was not interrupted."""
+    lora = Lora(r=2, targets=["q_proj", "v_proj"])
+    first = Finetune(tokens=48 * 8, batch=2, lora=lora, optimizer=FAST)
+    runs = [make_run(LIGER), make_run(LIGER)]
+    references = []
+    for run in runs:
+        run_stage(first, run, "finetune")
+        inputs = corpus.train[:1].inputs()
+        references.append(DistillRunner(Distill(), run)._reference(inputs, inputs["labels"][:, 1:] != -100))
+    assert torch.equal(*references)
+    with torch.no_grad():
+        students = [run.model(corpus.train.input_ids[:1].long()).logits for run in runs]
+        assert torch.equal(*students)
+        assert torch.equal(
+            runs[1].surgery.undo()(torch.arange(9)[None]).logits, make_run().model(torch.arange(9)[None]).logits
+        )
+
+
+def test_held_out_distillation_loss_is_the_mean_over_rows(make_run, corpus, monkeypatch) -> None:
+    monkeypatch.setattr("linearize.stages.finetune.TOKENS_PER_CHUNK", 7)
+    runner = DistillRunner(Distill(cross_entropy=0.5), make_run(LIGER))
+    runner.prepare()
+    each = [runner.backward(corpus.train[i : i + 1], 1.0)["loss"] for i in range(2)]
+    assert runner.held_out_loss(corpus.train[:2]) == pytest.approx(sum(each) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([{"stage": "distill", "train": "full"}], "move the teacher"),
+        ([{"stage": "finetune", "train": "full"}, {"stage": "distill"}], "changed weights"),
+        ([{"stage": "finetune", "lora": {"targets": ["up_proj"]}}, {"stage": "distill"}], "changed weights"),
+        ([{"stage": "distill"}, {"stage": "transfer"}], "behind a `distill`"),
+        ([{"stage": "distill", "train": "mixer", "train_mixer": False}], "trains nothing"),
+    ],
+)
+def test_distillation_without_its_teacher_is_an_error(stages, words: str) -> None:
+    with pytest.raises(LinearizeError, match=words):
+        Recipe.parse({"name": "r", "stages": stages}, "r")
+
+
+def test_distillation_without_a_mixer_is_an_error() -> None:
+    with pytest.raises(LinearizeError, match="a `distill` stage needs a mixer"):
+        Recipe.parse({"name": "r", "mixer": None, "stages": [{"stage": "distill"}]}, "r")

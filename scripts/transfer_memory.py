@@ -2,7 +2,7 @@
 
     python scripts/transfer_memory.py
 
-Every case runs in its own process on the CPU: a random Llama of the width of SmolLM2-135M, one optimizer step to warm up,
+Every case runs in its own process on the CPU: a random Llama of the width of SmolLM2-135M, a step to warm up,
 then the high-water mark of a second step above what weights, gradients and optimizer state hold. Prints a table.
 """
 

@@ -241,6 +241,12 @@ def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int
     if isinstance(stage, Transfer):
         targets = PROJECTIONS.get(stage.train, ())
         layers = [decoder.layers[index].self_attn for index in mixers]
+        missing = [name for name in targets if layers and not hasattr(layers[0], name)]
+        if missing:
+            raise LinearizeError(
+                f"A transfer stage has `train: {stage.train}`, which needs {missing[0]}; the attention of a "
+                f"{network.config.linearize['model_type']} model has its projections fused. Use `train: mixer`."
+            )
         return own + sum(_lora_size(getattr(layer, name), stage.lora.r) for layer in layers for name in targets)
     if stage.train == "full":
         return _count(network.parameters())

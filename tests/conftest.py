@@ -30,6 +30,8 @@ def build_config(family: str = "llama", **changes: object) -> object:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    settings.update({key: value for key, value in experts.items() if hasattr(CONFIG_MAPPING[family], key)})
     return CONFIG_MAPPING[family](**{**settings, **changes})
 
 

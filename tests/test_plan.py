@@ -58,7 +58,7 @@ def test_the_headline(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) -> None:
     recipe = short(name)
     config = tiny_config(family)
@@ -148,6 +148,15 @@ def test_what_does_not_fit_is_named(overrides: list[str], words: list[str], tiny
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_fused_projections_say_which_targets_exist(tiny_config) -> None:
+    with pytest.raises(LinearizeError, match=r"'q_proj' matches no linear layer.*qkv_proj"):
+        make_plan(short("liger"), tiny_config("phi3"))
+    targets = "stages.1.lora.targets=[qkv_proj, o_proj]"
+    assert make_plan(short("liger", targets), tiny_config("phi3")).stages[1].trained
+    with pytest.raises(LinearizeError, match=r"`train: qk`.*phi3.*`train: mixer`"):
+        make_plan(short("liger", targets, "stages.0.train=qk"), tiny_config("phi3"))
 
 
 def test_unknown_family() -> None:

@@ -1,7 +1,7 @@
-"""Attention with separate q, k, v and o projections: Llama, Mistral, Qwen2, Qwen3 and their like.
+"""Attention with separate q, k, v and o projections: Llama, Mistral, Qwen2, Qwen3, Granite, SmolLM3 and their like.
 
 Optional parts are found on the module: biases, per-head norms on q and k, a head dim unlike hidden / heads, any rotary
-scaling, a sliding window.
+scaling, a sliding window, layers without rotary embedding. Mixtures of experts keep their experts as they are.
 
 Legend: B batch, T tokens, H query heads, G KV heads, D head dim.
 """
@@ -21,6 +21,10 @@ from linearize.registry import families
 @families.register("mistral")
 @families.register("qwen2")
 @families.register("qwen3")
+@families.register("granite")
+@families.register("smollm3")
+@families.register("mixtral")
+@families.register("qwen3_moe")
 class SeparateProjections:
     """How to read and write attention modules that have `q_proj`, `k_proj`, `v_proj` and `o_proj`."""
 
@@ -47,6 +51,11 @@ class SeparateProjections:
         if hasattr(module, "q_norm"):
             q, k = module.q_norm(q), module.k_norm(k)
         return q, k, v
+
+    @staticmethod
+    def rotates(attention: nn.Module) -> bool:
+        """Return whether the teacher rotates queries and keys on this layer (SmolLM3 leaves every fourth alone)."""
+        return bool(getattr(attention, "use_rope", True))
 
     @staticmethod
     def rotate(teacher_class: type, q: Tensor, k: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

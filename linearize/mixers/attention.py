@@ -39,6 +39,7 @@ class LinearizedAttention(nn.Module):
         self.family = family
         self.teacher_class = type(teacher)
         self.layer_idx = layer
+        self.rotates = family.rotates(teacher)
         heads, groups, self.head_dim = family.heads(teacher, config)
         self.repeat = heads // groups
         self.exact_groups = exact
@@ -88,7 +89,9 @@ class LinearizedAttention(nn.Module):
     ) -> Tensor:
         """Return the heads' outputs before the output projection, [B, T, H, D]."""
         q, k, v = self.family.project(self, x, self.head_dim)
-        q_rotated, k_rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
+        q_rotated, k_rotated = q, k
+        if self.rotates:
+            q_rotated, k_rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
         cache = None if layer is None else layer.tensors
         if layer is not None:
             layer.advance(x.shape[1])
@@ -115,6 +118,8 @@ class LinearizedAttention(nn.Module):
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor], context: SequenceContext
     ) -> tuple[Tensor, Tensor]:
         """The teacher's rotary embedding on packed queries and keys [B, T, heads, D]."""
+        if not self.rotates:
+            return q, k
         if context.order is not None:
             cos, sin = (context.pack(t.expand(q.shape[0], -1, -1)) for t in position_embeddings)
             position_embeddings = cos, sin

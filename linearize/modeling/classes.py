@@ -188,10 +188,10 @@ def classes_for(model_type: str) -> Classes:
 
 
 def _record_hidden_states(base: type, teacher_base: Any) -> None:
-    """Let `output_hidden_states` work: transformers looks up by class name what a decoder can record."""
+    """Let `output_hidden_states` (and `output_router_logits`) work: transformers looks up by class what it records."""
     from transformers.utils import output_capturing
 
-    kept = {key: what for key, what in (teacher_base._can_record_outputs or {}).items() if key == "hidden_states"}
+    kept = {key: what for key, what in (teacher_base._can_record_outputs or {}).items() if key != "attentions"}
     dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(base), kept)
     base._can_record_outputs = kept  # type: ignore[attr-defined]
 

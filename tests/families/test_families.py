@@ -1,6 +1,8 @@
 """The contract of every family: reading a teacher's attention, replacing it and putting it back."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ import torch
 import linearize.modeling
 from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
+from linearize.modeling.export import save_checkpoint
 from linearize.registry import families
+from linearize.stages.finetune import logits_of
 from linearize.surgery import convert
 
 LLAMA3_ROPE = {
@@ -29,16 +33,24 @@ VARIANTS = {
     "tied embeddings": {"tie_word_embeddings": True},
     "sliding window": {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
     "eager": {"attn_implementation": "eager"},
+    "no rotary embedding": {"no_rope_layers": [1, 0]},
+    "partial rotary embedding": {"partial_rotary_factor": 0.5},
+    "scaled logits": {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
 }
+
+
+QWEN = ("use_sliding_window", "max_window_layers")
 
 
 def builds(family, changes):
     """Whether the family's configuration has these settings: what it lacks cannot be a variant of it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if family == "phi3" and "rope_parameters" in changes:  # it knows LongRoPE alone
+        return False
     known = CONFIG_MAPPING[family]().to_dict()
-    needed = [key for key in changes if key in ("attention_bias", "sliding_window", "rope_parameters")]
-    return all(key in known for key in needed)
+    needed = [key for key in changes if key not in ("head_dim", "heads", "attn_implementation", *QWEN)]
+    return all(key in known or key in (known.get("rope_parameters") or {}) for key in needed)
 
 
 CASES = [
@@ -55,7 +67,10 @@ def teacher(random_teacher):
     def make(family, changes):
         changes = dict(changes)
         implementation = changes.pop("attn_implementation", None)
-        if not hasattr(linearize.modeling.classes_for(family).config(), "max_window_layers"):
+        config = linearize.modeling.classes_for(family).config()
+        if hasattr(config, "attention_multiplier"):  # its default of 1 makes scores that fp32 rounds coarsely
+            changes.setdefault("attention_multiplier", 0.1)
+        if not hasattr(config, "max_window_layers"):
             changes = {k: v for k, v in changes.items() if k not in ("use_sliding_window", "max_window_layers")}
         model = random_teacher(family, **changes)
         if implementation:
@@ -63,6 +78,11 @@ def teacher(random_teacher):
         return model
 
     return make
+
+
+def recorded(family):
+    """What transformers can record of a family's decoder."""
+    return linearize.modeling.classes_for(family).base._can_record_outputs
 
 
 def logits(model, ids=IDS, **kwargs):
@@ -165,6 +185,42 @@ def test_a_window_in_the_configuration_of_a_family_without_one_is_not_read(rando
     before = logits(model)
     convert(model, make_mixer(combine="window_only", window={"size": 24}))
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_finetuning_sees_the_models_own_logits(teacher, family, changes):
+    model = teacher(family, changes)
+    with torch.no_grad():
+        states = model.get_decoder()(IDS).last_hidden_state
+        torch.testing.assert_close(logits_of(model, states), logits(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [name for name in families.names() if "router" in str(recorded(name))])
+def test_a_converted_mixture_of_experts_returns_its_router_logits(teacher, make_mixer, family):
+    model = teacher(family, {})
+    before = model(IDS, output_router_logits=True)
+    convert(model, make_mixer(combine="window_only", window={"size": IDS.shape[1]}))
+    after = model(IDS, output_router_logits=True)
+    for got, expected in zip(after.router_logits, before.router_logits, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", {families.get(name): name for name in families.names()}.values())
+def test_a_checkpoint_loads_without_the_package(teacher, make_mixer, tmp_path, family):
+    model = teacher(family, {})
+    convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), exact_heads=[(0, 1)])
+    save_checkpoint(model, None, tmp_path)
+    torch.save(logits(model), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch; sys.modules['linearize'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "torch.set_num_threads(1)\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()\n"
+        f"expected = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        f"print(torch.equal(model(torch.tensor({IDS.tolist()})).logits, expected))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 MISTAKES = {

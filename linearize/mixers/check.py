@@ -80,6 +80,11 @@ def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool
             f"`{where}.memory: {name}` has no sum of weights, which `{where}.normalize` or `{where}.combine: "
             f"{mixer['combine']['name']}` divides by; set `{where}.output_norm: true` and another combine."
         )
+    if getattr(found["memory"], "needs_channels", False) and not getattr(found["gate"], "per_channel", False):
+        raise LinearizeError(
+            f"`{where}.memory: {name}` needs a gate with a decay per channel, which `{where}.gate: "
+            f"{mixer['gate']['name']}` is not; use key."
+        )
     if not getattr(found["memory"], "needs_unit", False):
         return
     if getattr(found["gate"], "writes_keys", False):

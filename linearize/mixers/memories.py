@@ -6,7 +6,7 @@ A memory sees a *stream*: a dict of per-token tensors [B, T, G, ...] that holds 
 a gate) and whatever else the memory computes from the layer's input in `prepare`. A token whose stream is all zero
 must leave the state as it is: that is how padding, sinks and tokens still inside a disjoint window stay out. A memory
 that has no sum of weights to divide by says `normalizes = False`; one that is stable only for keys of length 1 at most
-says `needs_unit`.
+says `needs_unit`; one that needs a gate per channel says `needs_channels`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linearize.kernels.delta import gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
+from linearize.kernels.slots import gated_slot_attention, gated_slot_step
 from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
 from linearize.registry import memories
 
@@ -153,3 +154,58 @@ class DeltaMemory(Fp32Part):
             q, stream["k"], stream["v"], stream["beta"], stream.get("g"), state["state"], scale=self.scale
         )
         return out, None
+
+
+@memories.register("slots")
+class SlotMemory(Fp32Part):
+    """As many slots as a head has channels, each a key and a value; a softmax reads them (GSA, arXiv:2409.07146).
+
+    The gate's channel m is slot m's: it keeps `exp(g_tm)` and takes `1 - exp(g_tm)` of the token's key and value.
+
+    Args:
+        scale: factor on the scores of the slots.
+    """
+
+    normalizes = False
+    needs_channels = True
+
+    def __init__(self, shape: HeadShape, feature_dim: int, normalize: bool, *, scale: float = 1.0) -> None:
+        super().__init__()
+        if normalize:
+            raise ValueError("its softmax over the slots is normalized already.")
+        self.scale = scale
+        self.key_shape = (shape.groups, feature_dim, shape.head_dim)
+        self.value_shape = (shape.groups, shape.head_dim, shape.head_dim)
+        self.state_names = ("state_keys", "state_values")
+
+    def prepare(self, x: Tensor) -> Stream:
+        """Return further entries of the stream: none."""
+        return {}
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        """Return empty slots in fp32."""
+        return {
+            "state_keys": torch.zeros(batch, *self.key_shape, dtype=torch.float32, device=device),
+            "state_values": torch.zeros(batch, *self.value_shape, dtype=torch.float32, device=device),
+        }
+
+    def forward(
+        self, q: Tensor, stream: Stream, starts: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """Run over all tokens; arguments and results as in `AdditiveMemory.forward`, without sums of weights."""
+        out = gated_slot_attention(
+            q,
+            stream["k"],
+            stream["v"],
+            stream["g"],
+            scale=self.scale,
+            starts=starts,
+            initial_keys=None if state is None else state["state_keys"],
+            initial_values=None if state is None else state["state_values"],
+        )
+        return out.o, None, {"state_keys": out.keys, "state_values": out.values}
+
+    def step(self, q: Tensor, stream: Stream, state: State) -> tuple[Tensor, Tensor | None]:
+        """Run over one token [B, heads, ...]; `state` is updated in place."""
+        keys, values = state["state_keys"], state["state_values"]
+        return gated_slot_step(q, stream["k"], stream["v"], stream["g"], keys, values, scale=self.scale), None

@@ -18,7 +18,7 @@ from linearize.data import PackedRows
 from linearize.recipe import Distill
 from linearize.stages import finetune
 from linearize.stages.base import Run
-from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.finetune import FinetuneRunner, logits_of
 
 
 class DistillRunner(FinetuneRunner):
@@ -50,8 +50,9 @@ class DistillRunner(FinetuneRunner):
     def _loss(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
         """The sum over tokens of KL and cross-entropy, each with its factor."""
         settings = self.settings
+        assert reference is not None
         with torch.no_grad(), without_adapters(self.run.model), self.run.precision():
-            teacher = self.run.model.get_output_embeddings()(reference)
+            teacher = logits_of(self.run.model, reference)
         wanted = F.log_softmax(teacher.float() / settings.temperature, -1)
         made = F.log_softmax(logits / settings.temperature, -1)
         if settings.divergence == "forward":
@@ -66,7 +67,6 @@ class DistillRunner(FinetuneRunner):
     @torch.no_grad()
     def held_out_loss(self, rows: PackedRows) -> float:
         """Return the mean loss of the rows, each row with the same weight."""
-        head = self.run.model.get_output_embeddings()
         total = 0.0
         for index in range(len(rows)):
             inputs = rows[index : index + 1].inputs(self.run.device)
@@ -79,7 +79,7 @@ class DistillRunner(FinetuneRunner):
             for begin in range(0, len(targets), finetune.TOKENS_PER_CHUNK):
                 part = slice(begin, begin + finetune.TOKENS_PER_CHUNK)
                 with self.run.precision():
-                    logits = head(states[part])
+                    logits = logits_of(self.run.model, states[part])
                 total += float(self._loss(logits.float(), targets[part], reference[part])) / len(targets)
         return total / len(rows)
 

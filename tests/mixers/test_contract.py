@@ -405,6 +405,7 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
         state = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
         norm = torch.zeros(groups * repeat, phi_k.shape[-1]).double()
         scale = spec["memory"].get("scale", 1.0)
+        slots = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
         beta = _beta(x, of("memory"), **options(spec["memory"])) if spec["memory"]["name"] == "delta" else None
     outputs = []
     for t in range(length):
@@ -414,11 +415,18 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
             if s >= 0 and (not delay or s >= sinks):
                 state = keep[s][..., None] * state
                 new = values[s]
+                if spec["memory"]["name"] == "slots":
+                    taken = 1 - keep[s]
+                    slots = keep[s][:, None] * slots + phi_k[s][..., None] * taken[:, None]
+                    state, new = state + taken[..., None] * new[:, None], 0 * new
                 if beta is not None:
                     new = beta[s][:, None] * (new - torch.einsum("gkv,gk->gv", state, phi_k[s]))
                 state = state + phi_k[s][..., None] * new[:, None]
                 norm = keep[s] * norm + phi_k[s]
-            memory = scale * torch.einsum("hk,hkv->hv", phi_q[t], state[owners])
+            read, factor = phi_q[t], scale
+            if spec["memory"]["name"] == "slots":
+                read, factor = (scale * torch.einsum("hk,hkm->hm", phi_q[t], slots[owners])).softmax(-1), 1
+            memory = factor * torch.einsum("hk,hkv->hv", read, state[owners])
             weight = scale * (phi_q[t] * norm[owners]).sum(-1)
             if spec["normalize"] and spec["combine"]["name"] != "shared_softmax":
                 memory = memory / weight.clamp(min=1e-6)[:, None]
@@ -500,7 +508,7 @@ def test_random_mixer_is_its_recurrence(mixer, shape):
             ("feature_map", FEATURES),
             ("gate", GATES),
             ("combine", COMBINES),
-            ("memory", ("additive", "delta")),
+            ("memory", ("additive", "delta", "slots")),
         )
     ):
         check_naive(mixer, *shape, (9, 37))
@@ -522,6 +530,8 @@ VARIANTS = {
     },
     "convolution": {"memory": "delta", "gate": "key", "conv": 4, "output_norm": True},
     "convolution, rotary": {"feature_map": "softmax", "conv": 3, "rotary": True, "normalize": True, "overlap": False},
+    "slots, fast decay": {"memory": {"name": "slots", "scale": 0.5}, "gate": "key_softplus", "rotary": True},
+    "slots, disjoint": {"memory": "slots", "gate": {"name": "key", "bias": 1.0}, "overlap": False, "output_norm": True},
     "delta, alone": {"memory": "delta", "window": None, "combine": "memory_only", "k_map_heads": "query"},
 }
 

@@ -158,6 +158,20 @@ def test_z_loss_adds_the_mean_squared_log_sum_exp(make_run, corpus, monkeypatch)
     torch.testing.assert_close(gradients[1], wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_the_loss_is_of_the_logits_that_the_model_gives(make_run, corpus) -> None:
+    run = make_run(family="granite", logits_scaling=3.0)
+    rows = corpus.train[:1]
+    runner = FinetuneRunner(Finetune(), run)
+    loss = runner.held_out_loss(rows)
+    inputs = rows.inputs()
+    labels = inputs.pop("labels")[:, 1:]
+    logits = run.model(**inputs, use_cache=False).logits[:, :-1]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
+    runner.prepare()
+    assert runner.backward(rows, 1.0)["loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
 @pytest.mark.parametrize("mixer", [None, LIGER])
 def test_lora_trains_only_its_targets_and_is_merged(make_run, mixer) -> None:
     run = make_run(mixer)

@@ -32,12 +32,21 @@ class Launch:
 
 @dataclass
 class Needs:
-    """What one compiled kernel takes: bytes of shared memory a block, registers a thread, bytes of spill a thread."""
+    """What one compiled kernel takes.
+
+    Attributes:
+        name: of the kernel.
+        shared: bytes of shared memory a block.
+        registers: a thread.
+        spill: bytes of stack a thread.
+        transposed: places where an accumulator reaches a dot transposed.
+    """
 
     name: str
     shared: int
     registers: int
     spill: int
+    transposed: list[str]
 
 
 @contextmanager
@@ -56,7 +65,7 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = original
 
 
-def compile_launch(launch: Launch, capability: int, *, registers: bool = True) -> Needs:
+def compile_launch(launch: Launch, capability: int) -> Needs:
     """Compile for `capability` (80 or 90) and return what the kernel needs."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
@@ -78,8 +87,22 @@ def compile_launch(launch: Launch, capability: int, *, registers: bool = True) -
             signature[parameter.name] = "fp32"
     source = ASTSource(launch.kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
-    used = _resources(built.asm["cubin"]) if registers else (0, 0)
-    return Needs(launch.kernel.__name__, built.metadata.shared, *used)
+    used = _resources(built.asm["cubin"])
+    return Needs(launch.kernel.__name__, built.metadata.shared, *used, transposed_accumulators(built.asm["ttgir"]))
+
+
+def transposed_accumulators(ir: str) -> list[str]:
+    """Accumulators stored to shared memory in a transposed layout, or stored plainly and read transposed."""
+    ir = re.sub(r" loc\(.*?\)$", "", ir, flags=re.M)
+    layouts = set(re.findall(r"^(#\w+) = #ttg.nvmma_shared<\{[^}]*transposed = true", ir, re.M))
+    stores = re.finditer(
+        r"(%\w+) = ttg.local_alloc %\w+ : \(tensor<[^,>]*, #mma\w*>\) -> !ttg.memdesc<[^,]*, (#\w+)", ir
+    )
+    found = []
+    for store in stores:
+        if store[2] in layouts or f"ttg.memdesc_trans {store[1]} " in ir:
+            found.append(store[0])
+    return found
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -92,8 +115,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", log)[1]), int(re.search(r"STACK:(\d+)", log)[1])
 
 
-def compile_calls(calls: Callable[[], None], capability: int, *, registers: bool = True) -> list[Needs]:
+def compile_calls(calls: Callable[[], None], capability: int) -> list[Needs]:
     """Compile everything that `calls` launches."""
     with recorded() as launches:
         calls()
-    return [compile_launch(launch, capability, registers=registers) for launch in launches]
+    return [compile_launch(launch, capability) for launch in launches]

@@ -1,0 +1,141 @@
+"""The Triton kernels in Triton's interpreter, on the CPU; `test_interpreted.py` runs this file in a process of its own.
+
+Legend: B batch, T tokens, H query heads, G KV heads, K key dim, V value dim, W window, S sinks.
+bf16 is left to the GPU check of `scripts/bench_kernels.py`: the interpreter's bf16 dot is wrong (Triton 3.6 and 3.9).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from bench_kernels import BOUNDS, GATES, linear_errors, relative, window_errors
+
+from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
+from linearize.kernels.hybrid import hybrid_attention, hybrid_step
+from linearize.kernels.window import window_attention, window_step
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> None:
+    """Fresh tensors hold NaN until they are written."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def check(errors: dict[str, float], dtype: torch.dtype = torch.float32) -> None:
+    assert not {name: error for name, error in errors.items() if error > BOUNDS[dtype]}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_gated_linear_and_every_gradient(gate: str, packed: bool) -> None:
+    check(linear_errors(gate, torch.float32, 2, 70, 6, 2, 24, 40, packed=packed, normalizer=packed, device="cpu"))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_gates_from_zero_to_minus_infinity(gate: str) -> None:
+    check(linear_errors(gate, torch.float32, 1, 70, 2, 1, 16, 16, harsh=True, device="cpu"))
+
+
+@pytest.mark.parametrize("slope", [0.0, -1e-6, -1.0, -20.0, -torch.inf])
+def test_one_gate_for_all(slope: float) -> None:
+    q, k, v = torch.randn(1, 40, 2, 16), torch.randn(1, 40, 1, 16), torch.randn(1, 40, 1, 16)
+    g = torch.full((1, 40, 1, 16), slope)
+    o = gated_linear_attention(q, k, v, g).o
+    weights = torch.einsum("bihk,bjhk->bhij", q, k.expand_as(q))
+    steps = torch.arange(40)[:, None] - torch.arange(40)
+    decay = torch.where(steps > 0, (slope * steps.clamp(min=1)).exp(), (steps == 0).float())
+    assert relative(o, torch.einsum("bhij,bjhv->bihv", weights * decay, v.expand_as(q)).double()) < 2e-5
+
+
+def test_half_precision() -> None:
+    check(linear_errors("vector", torch.float16, 1, 40, 4, 2, 16, 16, device="cpu"), torch.float16)
+    check(window_errors(torch.float16, 1, 40, 4, 2, 16, 16, 16, 2, device="cpu"), torch.float16)
+
+
+@pytest.mark.parametrize(("window", "sinks", "packed"), [(16, 0, False), (16, 3, True), (33, 5, True), (1, 40, False)])
+def test_window_and_every_gradient(window: int, sinks: int, packed: bool) -> None:
+    check(window_errors(torch.float32, 2, 90, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
+
+
+def test_views_of_a_packed_qkv_are_not_copied() -> None:
+    packed = torch.randn(2, 40, 8, 16)
+    q, k, v = packed.split([4, 2, 2], 2)
+    assert (
+        relative(
+            gated_linear_attention(q, k, v).o, gated_linear_attention(*(x.contiguous() for x in (q, k, v))).o.double()
+        )
+        == 0
+    )
+    some = gated_linear_attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:]).o
+    assert torch.equal(some, gated_linear_attention(q, k, v).o[:, :, 2:])
+    assert torch.equal(
+        window_attention(q[:, :, 2:], k[:, :, 1:], v[:, :, 1:], window=8).o,
+        window_attention(q, k, v, window=8).o[:, :, 2:],
+    )
+
+
+@pytest.mark.parametrize(("gate", "sinks"), [("none", 0), ("fixed", 3), ("scalar", 0), ("vector", 3)])
+def test_steps_follow_the_parallel_form(gate: str, sinks: int) -> None:
+    B, T, H, G, K, V, W = 1, 12, 4, 2, 16, 24, 5
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, G, K), torch.randn(B, T, G, V)
+    shape = {"none": None, "fixed": (G,), "scalar": (B, T, G), "vector": (B, T, G, K)}[gate]
+    g = None if shape is None else -torch.rand(shape)
+    whole = hybrid_attention(q, k, v, g, window=W, sinks=sinks, with_normalizer=True)
+    state, norm, length = torch.zeros(B, G, K, V), torch.zeros(B, G, K), torch.zeros(B, dtype=torch.long)
+    rings = torch.zeros(B, W, G, K), torch.zeros(B, W, G, V)
+    first = (torch.zeros(B, sinks, G, K), torch.zeros(B, sinks, G, V)) if sinks else (None, None)
+    apart = state.clone(), norm.clone()
+    for t in range(T):
+        g_t = g if g is None or gate == "fixed" else g[:, t]
+        step = hybrid_step(
+            q[:, t], k[:, t], v[:, t], g_t, state, *rings, length, state_norm=norm, sink_k=first[0], sink_v=first[1]
+        )
+        near = window_step(q[:, t], *rings, *first, length)
+        o, sums = gated_linear_step(q[:, t], k[:, t], v[:, t], g_t, *apart)
+        length += 1
+        for got, wanted in (
+            (step.window, whole.window), (near.o, whole.window), (step.lse, whole.lse), (near.lse, whole.lse),
+            (step.row_max, whole.row_max), (step.memory, whole.memory), (o, whole.memory),
+            (step.normalizer, whole.normalizer), (sums, whole.normalizer),
+        ):  # fmt: skip
+            torch.testing.assert_close(got, wanted[:, t], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, whole.state, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    q, k, v = (torch.randn(1, 40, h, 16).requires_grad_() for h in (4, 2, 2))
+    g = (-torch.rand(1, 40, 2, 16)).requires_grad_()
+
+    def run() -> Tensor:
+        out = hybrid_attention(q, k, v, g, window=8, sinks=2, with_normalizer=True)
+        assert out.normalizer is not None
+        return out.window + out.memory / (1 + out.normalizer[..., None].abs())
+
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        out = call()
+        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v, g))))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    gate=st.sampled_from(GATES), T=st.integers(1, 80), G=st.integers(1, 2), repeat=st.integers(1, 3),
+    K=st.integers(2, 40), V=st.integers(2, 40), window=st.integers(1, 64), sinks=st.integers(0, 5),
+)  # fmt: skip
+def test_any_shape(gate: str, T: int, G: int, repeat: int, K: int, V: int, window: int, sinks: int) -> None:
+    # A fixed gate's gradient is a sum over all tokens that can come out near 0.
+    errors = linear_errors(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
+    check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
+    check(window_errors(torch.float32, 1, T, G * repeat, G, K, V, window, sinks, device="cpu"))

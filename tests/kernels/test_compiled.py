@@ -1,0 +1,105 @@
+"""The Triton kernels compile for sm_90 and sm_80 without a GPU, fit, and hold no form that Triton miscompiles.
+
+The limits are what the kernels take today; raise one only with a measurement that shows the gain. The rest of the table
+of `kernels/configs.py` is compiled by `make soak`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from dry_compile import Needs, compile_calls, transposed_accumulators
+
+from linearize.kernels import gated_linear_triton, step_triton, window_triton
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+SPILL = {"vector": 2400, "scalar": 900, "none": 900, "window": 500}  # bytes a thread
+
+
+def linear(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
+    B, T, H, G = 4, 128, 16, 8
+    q, k, v, do = (torch.empty(B, T, heads, dim, dtype=dtype) for heads in (H, G, G, H))
+    shape = {"none": None, "scalar": (B, T, G), "vector": (B, T, G, dim)}[gate]
+    g = None if shape is None else torch.empty(shape, dtype=dtype)
+
+    def calls() -> None:
+        given = (q, k, v, g, None, None, None, 1.0, False)
+        gated_linear_triton._run_forward(*given)
+        gated_linear_triton._run_backward(do, None, None, None, *given)
+
+    return calls
+
+
+def window(dim: int, sinks: int = 0, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
+    q, k, v = (torch.empty(2, 128, heads, dim, dtype=dtype) for heads in (8, 2, 2))
+    starts = torch.empty(2, 128, dtype=torch.int64) if sinks else None
+
+    def calls() -> None:
+        o, lse, row_max, row_arg = window_triton._run_forward(q, k, v, starts, 64, sinks, 1.0)
+        window_triton._run_backward(o, lse, row_max, q, k, v, starts, o, lse, row_arg, 64, sinks, 1.0)
+
+    return calls
+
+
+def step(dim: int) -> Callable[[], None]:
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(2, *shape, dtype=dtype)
+
+    def calls() -> None:
+        step_triton.hybrid_step_triton(
+            new(8, dim), new(2, dim), new(2, dim), new(64, 2, dim), new(64, 2, dim), new(4, 2, dim), new(4, 2, dim),
+            torch.zeros(2, dtype=torch.int64), new(8, dim), new(2, dim), new(2, dim), new(2, dim),
+            new(2, dim, dim, dtype=torch.float32), new(2, dim, dtype=torch.float32), 1.0, 1.0,
+        )  # fmt: skip
+
+    return calls
+
+
+def check(needs: list[Needs], capability: int, spill: int) -> None:
+    for need in needs:
+        assert need.shared <= SHARED[capability], need
+        assert need.spill <= spill, need
+        assert not need.transposed, f"{need.name}: the transpose of an accumulator feeds a dot: {need.transposed}"
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_scalar_gates(capability: int) -> None:
+    check(compile_calls(linear("scalar", 64), capability), capability, SPILL["scalar"])
+
+
+def test_vector_gates() -> None:
+    check(compile_calls(linear("vector", 64), 90), 90, SPILL["vector"])
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_window(capability: int) -> None:
+    check(compile_calls(window(128, sinks=4), capability), capability, SPILL["window"])
+
+
+def test_step() -> None:
+    check(compile_calls(step(128), 90), 90, 0)
+
+
+@pytest.mark.parametrize("last", ["#shared3, #smem>", "#shared, #smem>\n %t = ttg.memdesc_trans %b {order"])
+def test_the_scan_finds_both_forms_of_a_transposed_accumulator(last: str) -> None:
+    layouts = "#shared3 = #ttg.nvmma_shared<{swizzlingByteWidth = 128, transposed = true, elementBitWidth = 16}>\n"
+    store = f" %b = ttg.local_alloc %a : (tensor<128x64xbf16, #mma>) -> !ttg.memdesc<128x64xbf16, {last}"
+    assert len(transposed_accumulators(layouts + store)) == 1
+    assert not transposed_accumulators(layouts + store.replace("#mma", "#blocked"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_every_row_of_the_table(gate: str, dim: int, capability: int) -> None:
+    check(compile_calls(linear(gate, dim), capability), capability, 4 * SPILL[gate] if dim == 256 else SPILL[gate])
+    check(compile_calls(window(dim, sinks=4), capability), capability, SPILL["window"])

@@ -164,14 +164,20 @@ def load(folder: str | Path, **options: Any) -> Any:
     """Return the linearized model in a folder; `options` go to `from_pretrained`.
 
     Raises:
-        LinearizeError: the folder holds no linearized model.
+        LinearizeError: the folder holds no linearized model, or not all of its tensors.
     """
     import linearize.modeling  # noqa: F401  (registers the classes)
 
     path = workspace.checkpoint_folder(folder)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        raise LinearizeError(
+            f"The weights in {path} lack {len(report['missing_keys'])} of the model's tensors, "
+            f"{min(report['missing_keys'])} among them. Copy the whole folder of the run again."
+        )
+    return model
 
 
 def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:

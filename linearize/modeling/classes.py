@@ -10,6 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -183,6 +187,9 @@ def classes_for(model_type: str) -> Classes:
     lm = type(f"Linearized{stem}ForCausalLM", (LinearizedLM, teacher_lm), {**module, "config_class": config})
     _CLASSES[model_type] = Classes(config, base, lm)
     _record_hidden_states(base, teacher_base)
+    conversions = get_checkpoint_conversion_mapping(model_type)
+    if conversions:  # experts lie in a checkpoint under other names than in the model
+        register_checkpoint_conversion_mapping(f"linearized_{model_type}", conversions, overwrite=True)
     globals().update({c.__name__: c for c in _CLASSES[model_type]})
     return _CLASSES[model_type]
 

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import linearize.modeling
+from linearize.api import load
 from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
 from linearize.modeling.export import save_checkpoint
@@ -205,12 +207,16 @@ def test_a_converted_mixture_of_experts_returns_its_router_logits(teacher, make_
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", {families.get(name): name for name in families.names()}.values())
-def test_a_checkpoint_loads_without_the_package(teacher, make_mixer, tmp_path, family):
-    model = teacher(family, {})
+@pytest.mark.parametrize(
+    "family", [*{families.get(name): name for name in families.names()}.values(), "mixtral", "granite"]
+)
+def test_a_checkpoint_loads_with_and_without_the_package(teacher, make_mixer, tmp_path, family):
+    teacher(family, {}).save_pretrained(tmp_path / "teacher")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
     convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), exact_heads=[(0, 1)])
     save_checkpoint(model, None, tmp_path)
     torch.save(logits(model), tmp_path / "logits.pt")
+    assert torch.equal(logits(load(tmp_path)), logits(model))
     code = (
         "import sys, torch; sys.modules['linearize'] = None\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -255,7 +261,7 @@ def test_a_converted_model_is_not_converted_again(random_teacher, make_mixer):
 
 
 def test_a_family_that_is_not_registered_is_named(random_teacher, make_mixer):
-    from transformers import AutoModelForCausalLM, GPT2Config
+    from transformers import GPT2Config
 
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11))
     with pytest.raises(LinearizeError, match="gpt2"):

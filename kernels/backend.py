@@ -1,7 +1,7 @@
 """Which implementation of an op runs, and why.
 
-`LINEARIZE_BACKEND=reference|torch|triton` overrides the choice; without it Triton serves CUDA tensors where the op has a
-Triton kernel, and PyTorch everything else.
+`LINEARIZE_BACKEND=reference|torch|triton` overrides the choice; without it Triton serves CUDA tensors where the op has
+a Triton kernel, and PyTorch everything else.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ BACKENDS = ("reference", "torch", "triton")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _triton_module(op: str) -> bool:
-    """Whether this op's Triton file and Triton itself can be imported (neither is at hand in a checkpoint's own file)."""
+    """Whether this op's Triton file and Triton itself can be imported (neither is at hand in a checkpoint's file)."""
     return _importable(op)
 
 

@@ -1,6 +1,6 @@
-"""Gated linear attention on grouped KV heads: one op for linear attention, RetNet, GLA, HGRN2, Mamba-2 and mLSTM memories.
+"""Gated linear attention on grouped KV heads: one op for linear attention, RetNet, GLA, HGRN2, Mamba-2, mLSTM.
 
-Legend: B batch, T tokens, H query heads, G KV heads (H = G * R), K key dim, V value dim, C chunk, N chunks, S sub-chunk.
+Legend: B batch, T tokens, H query heads, G KV heads (H = G R), K key dim, V value dim, C chunk, N chunks, S sub-chunk.
 Layout [B, T, heads, dim]. The state lives per KV head; K, V and gates are never repeated to the query heads.
 """
 
@@ -35,7 +35,7 @@ class LinearOutput(NamedTuple):
 
 
 def starts_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
-    """Return `starts` [1, T] (first visible token of each token) from cumulative document lengths [N + 1], without a sync."""
+    """Return `starts` [1, T] (first visible token of each token) from cumulative lengths [N + 1], without a sync."""
     positions = torch.arange(length, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
     return cu_seqlens[document.clamp(max=cu_seqlens.numel() - 2)].long()[None]
@@ -54,7 +54,7 @@ def gated_linear_attention(
     initial_state: Tensor | None = None,
     initial_norm: Tensor | None = None,
 ) -> LinearOutput:
-    """Gated linear attention, `S_t = exp(g_t) S_{t-1} + k_t v_t^T` and `o_t = scale * q_t^T S_t` (arXiv:2312.06635, eq. 3).
+    """Gated linear attention, `S_t = exp(g_t) S_{t-1} + k_t v_t^T` and `o_t = scale * q_t^T S_t` (2312.06635, eq. 3).
 
     Args:
         q: queries [B, T, H, K], any strides.
@@ -258,7 +258,7 @@ def _scores(queries: Tensor, keys: Tensor, decay: Tensor | None) -> Tensor:
 
 
 def _vector_scores(queries: Tensor, keys: Tensor, decay: Tensor) -> Tensor:
-    """Scores under a decay per key channel, by sub-chunks: every exponential is of a sum of gates, so none overflows."""
+    """Scores under a decay per key channel, by sub-chunks: each exponential is of a sum of gates, so none overflows."""
     causal = torch.ones(SUB_CHUNK, SUB_CHUNK, dtype=torch.bool, device=queries.device).tril()
     rows, earlier = [], keys[:, :, :, :0]
     for begin in range(0, CHUNK, SUB_CHUNK):

@@ -28,7 +28,7 @@ def gated_linear_reference(
         v: [B, T, G, V].
         log_decay: None, [G], [B, T, G] or [B, T, G, K].
         scale: factor on the outputs.
-        starts: [B, T], first visible token of each token; -1 continues the initial state (see `gated_linear_attention`).
+        starts: [B, T], first visible token of each token; -1 goes on with the initial state (`gated_linear_attention`).
             A row's entry may change only at a token that is not past the new start.
         initial_state: [B, G, K, V].
         initial_norm: [B, G, K].

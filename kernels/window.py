@@ -43,7 +43,7 @@ def window_attention(
     starts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> WindowOutput:
-    """Softmax attention of each token to the last `window` tokens, itself included, and to its document's first `sinks`.
+    """Softmax attention of each token to the last `window` tokens, itself included, and its document's first `sinks`.
 
     Sinks follow StreamingLLM (arXiv:2309.17453), without its position shift.
 

@@ -69,17 +69,9 @@ def gated_delta_rule(
         if starts is not None or q.shape[0] != 1:
             raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {q.shape[0]}.")
         starts = starts_from_cu_seqlens(cu_seqlens, q.shape[1])
-    backend = select("delta", q)
-    if backend == "triton":
-        from linearize.kernels.delta_triton import gated_delta_triton
-
-        if l2norm:
-            q, k = _unit(q).to(q.dtype), _unit(k).to(k.dtype)
-        o, state = gated_delta_triton(q, k, v, beta, log_decay, scale, starts, initial_state)
-        return LinearOutput(o, None, state, None)
     if l2norm:
         q, k = _unit(q), _unit(k)
-    if backend == "reference":
+    if select("delta", q) == "reference":
         from linearize.kernels.reference import gated_delta_reference
 
         o, state = gated_delta_reference(

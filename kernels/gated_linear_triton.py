@@ -992,7 +992,7 @@ def _run_backward(
         d_sums = q.new_zeros(q.shape[:3], dtype=torch.float32) if d_sums is None else d_sums.contiguous()
     d_state, d_norm = (None if x is None else x.contiguous() for x in (d_state, d_norm))
     launches, (dq, dk, dv, dg, ds_0, dz_0) = call.backward(do, d_sums, d_state, d_norm)
-    key = (*call.key, layout(do), d_state is None, d_norm is None)
+    key = (*call.key, layout(do, d_sums, d_state, d_norm))
     if is_new(q, key):
         compile_all(launches)
     run(launches, key)

@@ -350,7 +350,7 @@ def _run_backward(
     starts = None if starts is None else starts.contiguous()
     given = (do.contiguous(), d_lse.contiguous(), d_max.contiguous(), q, k, v, starts, o, lse, row_arg)
     launches, grads = _grad_launches(*given, window, sinks, scale)
-    key = ("window_grad", layout(q, k, v, starts, given[0]), window, sinks, scale)
+    key = ("window_grad", layout(*given[:7]), window, sinks, scale)
     if is_new(q, key):
         compile_all(launches)
     run(launches, key)

@@ -101,5 +101,6 @@ def test_the_scan_finds_both_forms_of_a_transposed_accumulator(last: str) -> Non
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
 @pytest.mark.parametrize("capability", [90, 80])
 def test_every_row_of_the_table(gate: str, dim: int, capability: int) -> None:
-    check(compile_calls(linear(gate, dim), capability), capability, 4 * SPILL[gate] if dim == 256 else SPILL[gate])
-    check(compile_calls(window(dim, sinks=4), capability), capability, SPILL["window"])
+    slack = 2 if dim == 256 else 1
+    check(compile_calls(linear(gate, dim), capability), capability, slack * SPILL[gate])
+    check(compile_calls(window(dim, sinks=4), capability), capability, slack * SPILL["window"])

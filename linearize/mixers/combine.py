@@ -31,7 +31,11 @@ class Combine(Fp32Part):
 
 @combines.register("window_only")
 class WindowOnly(Combine):
-    """The window alone: the control that published gains are measured against."""
+    """The window alone: the control that published gains are measured against.
+
+    The recipe's feature map, gate and memory are not built, so that `mixer.combine=window_only` makes the control of any
+    recipe.
+    """
 
     uses_memory = False
 

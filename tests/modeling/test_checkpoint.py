@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import os
-import pickle
 import subprocess
 import sys
 import textwrap
@@ -391,9 +390,8 @@ def test_a_configuration_without_its_entry_is_explained():
         made.lm(made.config(**sizes))
 
 
-def test_copies_and_pickles_are_the_same_model(student):
-    for other in (copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
-        assert torch.equal(logits(other), logits(student))
+def test_a_copy_is_the_same_model(student):
+    assert torch.equal(logits(copy.deepcopy(student)), logits(student))
 
 
 @pytest.mark.parametrize("mixer", [LIGER, LOLCATS])

@@ -33,8 +33,7 @@ class Combine(Fp32Part):
 class WindowOnly(Combine):
     """The window alone: the control that published gains are measured against.
 
-    The recipe's feature map, gate and memory are not built, so that `mixer.combine=window_only` makes the control of any
-    recipe.
+    The recipe's feature map, gate and memory are not built: `mixer.combine=window_only` makes any recipe's control.
     """
 
     uses_memory = False

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
-from linearize.recipe import AnyStage, Recipe, Transfer
+from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Recipe, Transfer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from transformers import PretrainedConfig
 
 CONTEXTS = (1024, 8192, 65536)
-PROJECTIONS = {"qk": ("q_proj", "k_proj"), "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj")}
 # AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
 TRAIN_BYTES = 16
 SMALL_FILES = 64 * 2**20
@@ -239,7 +238,7 @@ def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int
     own = _count(p for mixer in mixers.values() for p in mixer.parameters())
     decoder = network.get_decoder()
     if isinstance(stage, Transfer):
-        targets = PROJECTIONS.get(stage.train, ())
+        targets = TRAINED_PROJECTIONS[stage.train]
         layers = [decoder.layers[index].self_attn for index in mixers]
         missing = [name for name in targets if layers and not hasattr(layers[0], name)]
         if missing:

@@ -129,6 +129,14 @@ class Stage(Strict):
         return max(1, round(self.tokens / (self.batch * length)))
 
 
+# The projections that each choice of a transfer stage's `train` adapts, besides the mixer's own parameters.
+TRAINED_PROJECTIONS: dict[str, list[str]] = {
+    "mixer": [],
+    "qk": ["q_proj", "k_proj"],
+    "qkvo": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+
 class Transfer(Stage):
     """Attention transfer: each mixer learns its own layer's attention output, layers isolated from each other.
 

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from linearize.data import PackedRows
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext, sequence_context
-from linearize.recipe import Transfer
+from linearize.recipe import TRAINED_PROJECTIONS, Transfer
 from linearize.stages.adapters import add_lora, lora_parameters, merge_lora
 from linearize.stages.base import Run, StageRunner
-
-TRAINED_PROJECTIONS = {"qk": ["q_proj", "k_proj"], "qkvo": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 
 class TransferLayer(nn.Module):
@@ -85,7 +83,7 @@ class TransferRunner(StageRunner):
     def prepare(self) -> dict[str, nn.Parameter]:
         """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name."""
         self.run.model.requires_grad_(False)
-        targets = TRAINED_PROJECTIONS.get(self.settings.train)
+        targets = TRAINED_PROJECTIONS[self.settings.train]
         trained = {}
         for index, teacher in self.surgery.teachers.items():
             student = self.decoder.layers[index].self_attn
@@ -136,5 +134,5 @@ class TransferRunner(StageRunner):
 
     def changes(self, name: str) -> bool:
         """The mixers, and with adapters the projections that they were merged into."""
-        targets = TRAINED_PROJECTIONS.get(self.settings.train, [])
+        targets = TRAINED_PROJECTIONS[self.settings.train]
         return ".self_attn.mixer." in name or any(f".self_attn.{target}." in name for target in targets)

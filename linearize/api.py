@@ -21,7 +21,7 @@ from linearize.eval import TeacherReference, evaluate, sample
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
-from linearize.planning import Plan, check_disk, make_plan
+from linearize.planning import Plan, check_disk, converted_layers, make_plan
 from linearize.recipe import Recipe
 from linearize.report import model_card, read_metrics, render_html
 from linearize.report.track import tracker
@@ -312,7 +312,7 @@ def _convert(job: Job, model: Any) -> Surgery | None:
     if recipe.mixer is None:
         return None
     torch.manual_seed(job.seed)
-    layers = recipe.converted_layers(model.config.num_hidden_layers)
+    layers = converted_layers(recipe, model.config)
     return convert(model, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
+from linearize.modeling.classes import family_of
 from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Recipe, Transfer
+from linearize.stages.adapters import attention_targets, lora_targets
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 CONTEXTS = (1024, 8192, 65536)
 # AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
 TRAIN_BYTES = 16
+INNER_SIZES = ("intermediate_size", "ffn_hidden_size", "n_inner")
 SMALL_FILES = 64 * 2**20
 
 
@@ -119,7 +122,7 @@ def make_plan(
     import linearize.families  # noqa: F401  (fills the registry)
     from linearize.registry import families
 
-    families.get(config.model_type)
+    families.get(config.model_type).check(config)
     _check_length(recipe, config)
     _check_layers(recipe, config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
@@ -167,9 +170,21 @@ def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
         )
 
 
+def converted_layers(recipe: Recipe, config: Any) -> list[int]:
+    """Return the layers of a model that a recipe converts.
+
+    A list is taken as it is; otherwise the choice is among the layers that the family offers: all, but Gemma's local
+    layers stay softmax.
+    """
+    if recipe.mixer is None or isinstance(recipe.layers, list):
+        return recipe.converted_layers(config.num_hidden_layers)
+    offered = family_of(config).convertible(config)
+    return [offered[place] for place in recipe.converted_layers(len(offered))]
+
+
 def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
-    count, groups = config.num_hidden_layers, config.num_key_value_heads
-    converted = recipe.converted_layers(count)
+    count, groups = config.num_hidden_layers, family_of(config).heads(None, config)[1]
+    converted = converted_layers(recipe, config)
     for layer, head in recipe.exact_heads:
         if layer >= count:
             raise LinearizeError(f"`exact_heads` names layer {layer}; the model has layers 0 to {count - 1}.")
@@ -189,16 +204,17 @@ def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
 
     if recipe.mixer is None:
         return {}
-    layers = recipe.converted_layers(network.config.num_hidden_layers)
+    layers = converted_layers(recipe, network.config)
     surgery = convert(network, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
     decoder = network.get_decoder()
-    found = {index: decoder.layers[index].self_attn.mixer for index in surgery.teachers}
+    family = family_of(network.config)
+    found = {index: family.module(decoder, index).mixer for index in surgery.teachers}
     return {index: mixer for index, mixer in found.items() if mixer is not None}
 
 
 def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
     mixer = recipe.mixer
-    converted = recipe.converted_layers(config.num_hidden_layers)
+    converted = converted_layers(recipe, config)
     for index in range(config.num_hidden_layers):
         if mixer is None or index not in converted:
             yield LayerPlan(index, "softmax")
@@ -206,7 +222,7 @@ def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
         memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)
         window, sinks = (mixer.window.size, mixer.window.sinks) if mixer.window else (0, 0)
         exact = tuple(sorted(head for layer, head in recipe.exact_heads if layer == index))
-        if len(exact) == config.num_key_value_heads:
+        if len(exact) == family_of(config).heads(None, config)[1]:
             window, sinks, memory = 0, 0, ""
         yield LayerPlan(index, "converted", exact, window, sinks, memory)
 
@@ -238,15 +254,10 @@ def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int
     own = _count(p for mixer in mixers.values() for p in mixer.parameters())
     decoder = network.get_decoder()
     if isinstance(stage, Transfer):
-        targets = TRAINED_PROJECTIONS[stage.train]
-        layers = [decoder.layers[index].self_attn for index in mixers]
-        missing = [name for name in targets if layers and not hasattr(layers[0], name)]
-        if missing:
-            raise LinearizeError(
-                f"A transfer stage has `train: {stage.train}`, which needs {missing[0]}; the attention of a "
-                f"{network.config.linearize['model_type']} model has its projections fused. Use `train: mixer`."
-            )
-        return own + sum(_lora_size(getattr(layer, name), stage.lora.r) for layer in layers for name in targets)
+        family = family_of(network.config)
+        targets = attention_targets(family, TRAINED_PROJECTIONS[stage.train])
+        layers = [family.module(decoder, index) for index in mixers]
+        return own + sum(_lora_size(layer.get_submodule(name), stage.lora.r) for layer in layers for name in targets)
     if stage.train == "full":
         return _count(network.parameters())
     if stage.train == "mixer":
@@ -255,27 +266,21 @@ def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int
 
 
 def _finetune_lora_size(stage: Any, network: Any) -> int:
-    linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    total = 0
-    for target in stage.lora.targets:
-        matched = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
-        if not matched:
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise LinearizeError(
-                f"The LoRA target {target!r} matches no linear layer of the model. Known: {', '.join(known)}."
-            )
-        total += sum(_lora_size(module, stage.lora.r) for module in matched)
-    return total
+    targets = lora_targets(network, stage.lora.targets)
+    matched = [module for name, module in network.named_modules() if name.endswith(tuple(f".{t}" for t in targets))]
+    return sum(_lora_size(module, stage.lora.r) for module in matched)
 
 
 def _lora_size(module: Any, r: int) -> int:
-    return int(r * (module.in_features + module.out_features))
+    """Return the parameters of an adapter: of rank r on each side of a weight [out, in], or transposed as in GPT-2."""
+    return int(r * sum(module.weight.shape))
 
 
 def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
     """Return the estimated bytes that one token needs for the backward pass."""
+    inner = next((getattr(config, name) for name in INNER_SIZES if getattr(config, name, None)), 4 * config.hidden_size)
     # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
-    layer = int((13 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize)
+    layer = int((13 * config.hidden_size + 4 * inner) * dtype.itemsize)
     if isinstance(stage, Transfer):
         return layer
     vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
@@ -288,8 +293,8 @@ def _cache_bytes(
     recipe: Recipe, config: Any, mixers: dict[int, nn.Module], context: int, dtype: torch.dtype
 ) -> tuple[int, int]:
     """Return the bytes of the teacher's and the student's cache after `context` tokens of one row."""
-    groups = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = family_of(config)
+    _, groups, head_dim = family.heads(None, config)
     pair = 2 * head_dim * dtype.itemsize
     exact: dict[int, int] = {}
     for layer, _ in recipe.exact_heads:
@@ -298,7 +303,7 @@ def _cache_bytes(
     sizes: dict[int, int] = {}
     teacher = student = 0
     for layer in range(config.num_hidden_layers):
-        softmax = pair * groups * _reach(config, layer, context)
+        softmax = pair * family.cached_heads(config) * _reach(config, layer, context)
         teacher += softmax
         if layer not in converted:
             student += softmax
@@ -323,7 +328,8 @@ def _mixer_cache_bytes(mixer: nn.Module, config: Any, groups: int, head_dim: int
     """Return the bytes of what a mixer caches, read off one token that a blank copy of it has seen."""
     from linearize.mixers.context import SequenceContext
 
-    heads = groups * config.num_attention_heads // config.num_key_value_heads
+    all_heads, all_groups, _ = family_of(config).heads(None, config)
+    heads = groups * all_heads // all_groups
     with torch.device("cpu"), torch.no_grad():
         blank = copy.deepcopy(mixer).to_empty(device="cpu")
         x = torch.zeros(1, 1, config.hidden_size, dtype=dtype)

@@ -13,7 +13,7 @@ from torch import nn
 import linearize.modeling  # noqa: F401  (registers the classes that a converted model becomes)
 from linearize.errors import LinearizeError
 from linearize.mixers.check import check_mixer
-from linearize.modeling.classes import classes_for, replace_attention
+from linearize.modeling.classes import classes_for, family_of, replace_attention
 from linearize.registry import families
 
 
@@ -41,16 +41,17 @@ class Surgery:
         """
         decoder = self.model.get_decoder()
         linearized = type(decoder)
-        students = {index: decoder.layers[index].self_attn for index in attention}
+        family = family_of(self.model.config)
+        students = {index: family.module(decoder, index) for index in attention}
         decoder.__class__ = self.teacher_classes[1]
         for index, module in attention.items():
-            decoder.layers[index].self_attn = module
+            family.replace(decoder, index, module)
         try:
             yield
         finally:
             decoder.__class__ = linearized
             for index, student in students.items():
-                decoder.layers[index].self_attn = student
+                family.replace(decoder, index, student)
 
     def separate(self, names: Iterable[str]) -> None:
         """Give the student copies of the projections that it shares with the teacher and that are about to change.
@@ -59,26 +60,27 @@ class Surgery:
             names: entries of the model's state dict that will be written.
         """
         decoder = self.model.get_decoder()
+        family = family_of(self.model.config)
         changed = [f".{name}" for name in names]
         for index, teacher in self.teachers.items():
-            student = decoder.layers[index].self_attn
+            student = family.module(decoder, index)
+            place = f".{family.layers}.{index}.{family.attention}"
             for name, child in teacher.named_children():
                 shared = getattr(student, name, None) is child
-                if shared and any(f".layers.{index}.self_attn.{name}." in key for key in changed):
+                if shared and any(f"{place}.{name}." in key for key in changed):
                     setattr(student, name, copy.deepcopy(child))
 
     def undo(self) -> Any:
         """Put the teacher's attention back and return the model, bit-equal to what it was."""
         model, decoder = self.model, self.model.get_decoder()
-        settings = model.config.linearize
-        family = families.get(settings["model_type"])
+        family = family_of(model.config)
         for index, teacher in self.teachers.items():
             if index in self._orders:
                 order = self._orders[index]
                 heads, _, head_dim = family.heads(teacher, model.config)
                 back = sorted(range(len(order)), key=order.__getitem__)
                 family.permute(teacher, back, heads, head_dim)
-            decoder.layers[index].self_attn = teacher
+            family.replace(decoder, index, teacher)
         model.__class__, decoder.__class__, model.config.__class__ = self.teacher_classes
         del model.config.linearize
         return model
@@ -97,7 +99,7 @@ def convert(
     Args:
         model: a teacher of a known family with its weights loaded.
         mixer: the recipe's `mixer` as plain data.
-        layers: which layers; all by default.
+        layers: which layers; by default those that the family names (all, but Gemma's local layers stay).
         exact_heads: (layer, KV head) pairs that keep full softmax attention.
 
     Returns:
@@ -112,9 +114,10 @@ def convert(
         raise LinearizeError("This model is linearized already; convert its teacher instead.")
     check_mixer(mixer)
     family = families.get(config.model_type)
+    family.check(config)
     decoder = model.get_decoder()
-    count = config.num_hidden_layers
-    chosen = list(range(count)) if layers is None else sorted(set(layers))
+    count, groups = config.num_hidden_layers, family.heads(None, config)[1]
+    chosen = family.convertible(config) if layers is None else sorted(set(layers))
     for layer in chosen:
         if not 0 <= layer < count:
             raise LinearizeError(f"`layers` names layer {layer}; the model has layers 0 to {count - 1}.")
@@ -122,10 +125,8 @@ def convert(
     for layer, head in exact_heads or []:
         if layer not in chosen:
             raise LinearizeError(f"exact_heads names layer {layer}, which is not converted (converted: {chosen}).")
-        if not 0 <= head < config.num_key_value_heads:
-            raise LinearizeError(
-                f"exact_heads names KV head {head} of layer {layer}; a layer has {config.num_key_value_heads}."
-            )
+        if not 0 <= head < groups:
+            raise LinearizeError(f"exact_heads names KV head {head} of layer {layer}; a layer has {groups}.")
         exact.setdefault(layer, []).append(head)
     before = (type(model), type(decoder), type(config))
     model_type = config.model_type

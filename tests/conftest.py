@@ -15,7 +15,7 @@ VOCABULARY = 272
 
 
 def build_config(family: str = "llama", **changes: object) -> object:
-    """A 2-layer config of a family: hidden 64, 4 query heads, 2 KV heads."""
+    """A 2-layer config of a family: hidden 64, 4 query heads, 2 KV heads where the family has fewer of them."""
     from transformers import CONFIG_MAPPING
 
     settings: dict[str, object] = {
@@ -31,8 +31,22 @@ def build_config(family: str = "llama", **changes: object) -> object:
         "pad_token_id": 0,
     }
     experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    settings.update({key: value for key, value in experts.items() if hasattr(CONFIG_MAPPING[family], key)})
-    return CONFIG_MAPPING[family](**{**settings, **changes})
+    has = {**CONFIG_MAPPING[family]().to_dict(), **CONFIG_MAPPING[family].attribute_map}
+    settings.update({key: value for key, value in experts.items() if key in has})
+    settings.update(changes)
+    if "num_kv_heads" in has:  # Falcon
+        settings["num_kv_heads"] = settings["num_key_value_heads"]
+        settings.setdefault("new_decoder_architecture", settings["num_kv_heads"] != settings["num_attention_heads"])
+        settings.setdefault("multi_query", False)
+        settings.setdefault("ffn_hidden_size", settings["intermediate_size"])
+    for name in ("num_key_value_heads", "intermediate_size"):
+        if name not in has:
+            settings.pop(name)
+    if isinstance(has.get("layer_types"), list) and "sliding_window_pattern" not in changes and "gemma" in family:
+        settings.setdefault("layer_types", ["sliding_attention", "full_attention"] * settings["num_hidden_layers"])
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
+        settings.setdefault("sliding_window", 8)
+    return CONFIG_MAPPING[family](**settings)
 
 
 def build_tokenizer() -> object:
@@ -84,7 +98,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def random_teacher() -> Callable[..., Any]:
     """Build two layers whose every parameter is random, biases and norms too: `random_teacher("qwen3", (9, 3), 80)`."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.set_num_threads(1)
 
@@ -93,7 +107,7 @@ def random_teacher() -> Callable[..., Any]:
     ) -> Any:
         sizes = {
             "vocab_size": 61,
-            "hidden_size": -(-32 // heads[0]) * heads[0],  # Llama wants a multiple of the heads
+            "hidden_size": -(-32 // heads[0]) * heads[0],  # a multiple of the heads
             "intermediate_size": 32,
             "num_attention_heads": heads[0],
             "num_key_value_heads": heads[1],
@@ -103,6 +117,9 @@ def random_teacher() -> Callable[..., Any]:
             "eos_token_id": None,
             "pad_token_id": None,
         }
+        if not hasattr(CONFIG_MAPPING[family], "num_key_value_heads"):  # nor can its head dim be chosen
+            sizes["hidden_size"] = heads[0] * head_dim
+            del sizes["head_dim"]
         model = AutoModelForCausalLM.from_config(build_config(family, **{**sizes, **changes}), dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():

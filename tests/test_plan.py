@@ -11,6 +11,7 @@ from linearize import planning
 from linearize.aliases import alias_names
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval.memory import tensor_bytes
+from linearize.modeling.classes import family_of
 from linearize.planning import check_disk, make_plan
 from linearize.recipe import Recipe, recipe_names
 from linearize.surgery import convert
@@ -58,7 +59,7 @@ def test_the_headline(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "falcon"])
 def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) -> None:
     recipe = short(name)
     config = tiny_config(family)
@@ -69,7 +70,8 @@ def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) ->
     mixers = []
     if recipe.mixer is not None:
         convert(model, recipe.mixer.model_dump())
-        mixers = [layer.self_attn.mixer for layer in model.model.layers]
+        family_class, decoder = family_of(model.config), model.get_decoder()
+        mixers = [family_class.module(decoder, index).mixer for index in range(2)]
     assert plan.mixer_parameters == sum(p.numel() for mixer in mixers for p in mixer.parameters())
     student_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
     held = [tensor_bytes([(layer.keys, layer.values) for layer in teacher_cache.layers])]
@@ -135,7 +137,7 @@ def test_lora_counts(tiny_config) -> None:
         (["layers=[0,2]"], ["layer 2", "0 to 1"]),
         (["exact_heads=[[2,0]]"], ["layer 2", "0 to 1"]),
         (["exact_heads=[[0,2]]"], ["KV head 2 of layer 0", "0 to 1"]),
-        (["stages.1.lora.targets=[q_proj, w_proj]"], ["'w_proj'", "matches no linear layer", "down_proj"]),
+        (["stages.1.lora.targets=[q_proj, w_proj]"], ["LoRA target 'w_proj'", "down_proj"]),
         (["mixer.gate=nope"], ["'nope'", "mixer.gate"]),
         (["mixer.gate.biass=1.0"], ["`biass`", "Did you mean 'bias'"]),
         (["mixer.gate.normalizer=x"], ["`mixer.gate.normalizer`", "'x'"]),
@@ -150,20 +152,22 @@ def test_what_does_not_fit_is_named(overrides: list[str], words: list[str], tiny
         assert word in str(caught.value)
 
 
-def test_fused_projections_say_which_targets_exist(tiny_config) -> None:
-    with pytest.raises(LinearizeError, match=r"'q_proj' matches no linear layer.*qkv_proj"):
-        make_plan(short("liger"), tiny_config("phi3"))
-    targets = "stages.1.lora.targets=[qkv_proj, o_proj]"
-    assert make_plan(short("liger", targets), tiny_config("phi3")).stages[1].trained
-    with pytest.raises(LinearizeError, match=r"`train: qk`.*phi3.*`train: mixer`"):
-        make_plan(short("liger", targets, "stages.0.train=qk"), tiny_config("phi3"))
+def test_fused_projections_take_all_of_q_k_and_v(tiny_config) -> None:
+    plain = make_plan(short("liger"), tiny_config("phi3"))
+    named = make_plan(short("liger", "stages.1.lora.targets=[qkv_proj, o_proj]"), tiny_config("phi3"))
+    assert plain.stages[1].trained == named.stages[1].trained
+    with pytest.raises(LinearizeError, match=r"'q_proj' without 'v_proj'.*qkv_proj"):
+        make_plan(short("liger", "stages.1.lora.targets=[q_proj, k_proj]"), tiny_config("phi3"))
+    with pytest.raises(LinearizeError, match=r"'q_proj' without 'v_proj'.*qkv_proj"):
+        make_plan(short("liger", "stages.0.train=qk"), tiny_config("phi3"))
+    assert make_plan(short("liger", "stages.0.train=qkvo"), tiny_config("phi3")).stages[0].trained
 
 
 def test_unknown_family() -> None:
-    from transformers import GPT2Config
+    from transformers import OPTConfig
 
-    with pytest.raises(UnknownNameError, match="model family 'gpt2'"):
-        make_plan(short("liger"), GPT2Config())
+    with pytest.raises(UnknownNameError, match="model family 'opt'"):
+        make_plan(short("liger"), OPTConfig())
 
 
 def test_disk(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearize.modeling.heads import logits_of
+
 CHUNK_ELEMENTS = 2**23
 
 ReadLogits = Callable[[slice], Tensor]
@@ -43,8 +45,8 @@ def final_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, b
     """Run the model without its logits.
 
     Returns:
-        The states that the output embedding reads, [B, T, D], and whether the output embedding alone turns them into
-        the model's logits (a model that scales or caps its logits says no).
+        The states that the output embedding reads, [B, T, D], and whether `logits_of` turns them into the model's
+        logits.
     """
     inner = language_model(model)
     decoder: Any = inner.get_decoder()
@@ -57,7 +59,7 @@ def final_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, b
     finally:
         hook.remove()
     states = captured[0]
-    again = output_embedding(model)(states[:, -1]).float()
+    again = logits_of(inner, states[:, -1]).float()
     tolerance = 1e-4 if states.dtype == torch.float32 else 2e-2
     return states, bool((again - logits).abs().max() <= tolerance * logits.abs().max())
 
@@ -73,8 +75,8 @@ def logits_reader(model: nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> 
     """Run the model on a batch; the reader makes logits a chunk at a time where the model allows that."""
     states, plain = final_states(model, inputs)
     if plain:
-        head, kept = output_embedding(model), states[mask]
-        return lambda at: head(kept[at]).float()
+        inner, kept = language_model(model), states[mask]
+        return lambda at: logits_of(inner, kept[at]).float()
     logits: Tensor = model(**inputs, use_cache=False).logits[mask]
     return lambda at: logits[at].float()
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens a row, L tokens that have a label in a batch, V vocabul
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 
@@ -26,20 +27,23 @@ from linearize.eval.logits import (
     output_embedding,
 )
 from linearize.eval.tally import PositionBucket, Quality, Tally
+from linearize.modeling.classes import packed_inputs
+from linearize.modeling.heads import finish_logits
 
 __all__ = ["PositionBucket", "Quality", "TeacherReference", "evaluate"]
 
 TOKENS_PER_BATCH = 4096
 
 
-def labelled(rows: PackedRows, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+def labelled(model: nn.Module, rows: PackedRows) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Return a batch's inputs, the mask [B, T] of tokens that predict a label, and those labels and positions, [L]."""
-    inputs = rows.inputs(device)
+    inputs = rows.inputs(next(model.parameters()).device)
     labels = inputs.pop("labels")
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != IGNORE
     after = mask.roll(1, dims=1)
-    return inputs, mask, labels[after], inputs["position_ids"][after]
+    positions = inputs["position_ids"][after]
+    return packed_inputs(language_model(model).config, inputs), mask, labels[after], positions
 
 
 def context_note(model: nn.Module, rows: PackedRows) -> str:
@@ -69,13 +73,14 @@ class TeacherReference:
         self.states: list[Tensor] = []
         head = output_embedding(model)
         self.head: nn.Linear | None = None
+        self.config = copy.copy(language_model(model).config)
         note = context_note(model, rows)
         start = time.perf_counter()
         tally = Tally(rows.length, with_teacher=True)
         with evaluation_mode(model):
             device = next(model.parameters()).device
             for index in range(len(rows)):
-                inputs, mask, targets, positions = labelled(rows[index : index + 1], device)
+                inputs, mask, targets, positions = labelled(model, rows[index : index + 1])
                 states, plain = final_states(model, inputs)
                 if index == 0 and plain and isinstance(head, nn.Linear):
                     self.head = copy_linear(head)
@@ -95,7 +100,7 @@ class TeacherReference:
         if self.head is None:
             return lambda at: kept[at].float()
         head = self.head.to(device)
-        return lambda at: F.linear(kept[at], head.weight, head.bias).float()
+        return lambda at: finish_logits(self.config, F.linear(kept[at], head.weight, head.bias)).float()
 
 
 def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | None = None) -> Quality:
@@ -124,7 +129,7 @@ def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | N
         device = next(model.parameters()).device
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            inputs, mask, targets, positions = labelled(part, device)
+            inputs, mask, targets, positions = labelled(model, part)
             student = logits_reader(model, inputs, mask)
             teacher = reference.reader(list(range(first, first + len(part))), device) if reference else None
             for at in chunks(len(targets), language_model(model).config.vocab_size):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.families.separate import SeparateProjections
+from linearize.families.separate import SeparateProjections, query_order, reorder
 from linearize.registry import families
 
 
@@ -30,7 +30,5 @@ class WideNormProjections(SeparateProjections):
     def permute(module: Any, order: list[int], heads: int, head_dim: int) -> None:
         """Reorder KV heads, and their query heads and norms with them, in place; arguments as in the base class."""
         SeparateProjections.permute(module, order, heads, head_dim)
-        repeat = heads // len(order)
-        queries = [g * repeat + r for g in order for r in range(repeat)]
-        for norm, chosen in ((module.q_norm, queries), (module.k_norm, order)):
-            norm.weight.copy_(norm.weight.unflatten(0, (-1, head_dim))[chosen].flatten())
+        for norm, chosen in ((module.q_norm, query_order(order, heads)), (module.k_norm, order)):
+            reorder([norm.weight], chosen, head_dim)

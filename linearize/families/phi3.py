@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.families.separate import SeparateProjections
+from linearize.families.separate import SeparateProjections, query_order, reorder
 from linearize.registry import families
 
 
 @families.register("phi3")
 class FusedProjections(SeparateProjections):
     """As `SeparateProjections`, with `qkv_proj` whose outputs are those of q, then k, then v."""
+
+    projections = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "o_proj": "o_proj"}
 
     @staticmethod
     def project(module: Any, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,11 +33,7 @@ class FusedProjections(SeparateProjections):
     @torch.no_grad()
     def permute(module: Any, order: list[int], heads: int, head_dim: int) -> None:
         """Reorder KV heads, and their query heads with them, in place; arguments as in the base class."""
-        groups = len(order)
-        repeat = heads // groups
-        queries = [g * repeat + r for g in order for r in range(repeat)]
+        groups, queries = len(order), query_order(order, heads)
         rows = [*queries, *(heads + g for g in order), *(heads + groups + g for g in order)]
-        weight = module.qkv_proj.weight
-        weight.copy_(weight.unflatten(0, (-1, head_dim))[rows].flatten(0, 1))
-        weight = module.o_proj.weight
-        weight.copy_(weight.unflatten(1, (-1, head_dim))[:, queries].flatten(1, 2))
+        reorder([module.qkv_proj.weight], rows, head_dim)
+        reorder([module.o_proj.weight], queries, head_dim, dim=1)

@@ -9,6 +9,7 @@ Legend: B batch, T tokens, H query heads, G KV heads, D head dim.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,13 +27,58 @@ from linearize.registry import families
 @families.register("mixtral")
 @families.register("qwen3_moe")
 class SeparateProjections:
-    """How to read and write attention modules that have `q_proj`, `k_proj`, `v_proj` and `o_proj`."""
+    """How to find, read and write attention modules that have `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+
+    Attributes:
+        layers: where the decoder keeps its layers.
+        attention: the attention module's name in a layer.
+        projections: what each of the four projections is called in the attention module. Names that are given twice
+            are one fused projection.
+        passes_context: the decoder hands unknown arguments on to its attention modules.
+        isolates_documents: the teacher's softmax keeps packed documents apart by their `position_ids`.
+    """
+
+    layers = "layers"
+    attention = "self_attn"
+    projections = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    passes_context = True
+    isolates_documents = True
 
     @staticmethod
-    def heads(attention: nn.Module, config: Any) -> tuple[int, int, int]:
-        """Return (H, G, D) of a teacher's attention module."""
-        head_dim = int(attention.head_dim)  # type: ignore[arg-type]
-        return config.num_attention_heads, config.num_key_value_heads, head_dim
+    def check(config: Any) -> None:
+        """Raise LinearizeError where a model of the family has something that cannot be converted; nothing here."""
+
+    @classmethod
+    def module(cls, decoder: Any, index: int) -> nn.Module:
+        """Return the attention module of a layer."""
+        found: nn.Module = getattr(decoder.get_submodule(cls.layers)[index], cls.attention)
+        return found
+
+    @classmethod
+    def replace(cls, decoder: Any, index: int, module: nn.Module) -> None:
+        """Put another attention module into a layer."""
+        setattr(decoder.get_submodule(cls.layers)[index], cls.attention, module)
+
+    @staticmethod
+    def convertible(config: Any) -> list[int]:
+        """Return the layers that a recipe converts where it names none."""
+        return list(range(config.num_hidden_layers))
+
+    @staticmethod
+    def heads(attention: nn.Module | None, config: Any) -> tuple[int, int, int]:
+        """Return (H, G, D) of a teacher's attention modules; the configuration alone tells them."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_attention_heads, config.num_key_value_heads, int(head_dim)
+
+    @classmethod
+    def cached_heads(cls, config: Any) -> int:
+        """Return how many heads the teacher's own cache holds: G."""
+        return cls.heads(None, config)[1]
+
+    @staticmethod
+    def scaling(attention: nn.Module, config: Any) -> float:
+        """Return the teacher's factor on attention scores."""
+        return float(attention.scaling)  # type: ignore[arg-type]
 
     @staticmethod
     def max_window(attention: nn.Module, config: Any) -> int | None:
@@ -64,11 +110,16 @@ class SeparateProjections:
         q, k = apply(q, k, *positions, unsqueeze_dim=2)
         return q, k
 
-    @staticmethod
-    def output(module: Any, o: Tensor) -> Tensor:
+    @classmethod
+    def output(cls, module: Any, o: Tensor) -> Tensor:
         """Project o [B, T, H, D] to [B, T, hidden]."""
-        result: Tensor = module.o_proj(o.flatten(-2))
+        result: Tensor = module.get_submodule(cls.projections["o_proj"])(o.flatten(-2))
         return result
+
+    @staticmethod
+    def finish(module: Any, out: Tensor, x: Tensor) -> Tensor:
+        """Return what the teacher's module makes of the projected output and its input x, both [B, T, hidden]."""
+        return out
 
     @staticmethod
     @torch.no_grad()
@@ -81,15 +132,25 @@ class SeparateProjections:
             heads: H.
             head_dim: D.
         """
-        repeat = heads // len(order)
-        queries = [g * repeat + r for g in order for r in range(repeat)]
+        queries = query_order(order, heads)
         for projection, chosen in (
             (module.q_proj, queries),
             (module.k_proj, order),
             (module.v_proj, order),
         ):
-            for tensor in (projection.weight, projection.bias):
-                if tensor is not None:
-                    tensor.copy_(tensor.unflatten(0, (-1, head_dim))[chosen].flatten(0, 1))
-        weight = module.o_proj.weight
-        weight.copy_(weight.unflatten(1, (-1, head_dim))[:, queries].flatten(1, 2))
+            reorder((projection.weight, projection.bias), chosen, head_dim)
+        reorder([module.o_proj.weight], queries, head_dim, dim=1)
+
+
+def query_order(order: list[int], heads: int) -> list[int]:
+    """Return the order of H query heads that follows from an order of KV heads."""
+    repeat = heads // len(order)
+    return [g * repeat + r for g in order for r in range(repeat)]
+
+
+def reorder(tensors: Iterable[Tensor | None], order: list[int], size: int, dim: int = 0) -> None:
+    """Reorder the blocks of `size` entries along an axis of some parameters, in place; None is left out."""
+    for tensor in tensors:
+        if tensor is not None:
+            blocks = tensor.unflatten(dim, (-1, size))
+            tensor.copy_(blocks.index_select(dim, torch.tensor(order, device=tensor.device)).flatten(dim, dim + 1))

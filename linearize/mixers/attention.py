@@ -43,7 +43,8 @@ class LinearizedAttention(nn.Module):
         heads, groups, self.head_dim = family.heads(teacher, config)
         self.repeat = heads // groups
         self.exact_groups = exact
-        scaling, window = float(teacher.scaling), family.max_window(teacher, config)  # type: ignore[arg-type]
+        self.context: SequenceContext | None = None
+        scaling, window = family.scaling(teacher, config), family.max_window(teacher, config)
         self.exact = ExactAttention(scaling, window) if exact else None
         self.mixer: TokenMixer | None = None
         if exact < groups:
@@ -56,9 +57,10 @@ class LinearizedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         sequence_context: SequenceContext | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -66,24 +68,28 @@ class LinearizedAttention(nn.Module):
 
         Args:
             hidden_states: [B, T, hidden].
-            position_embeddings: cos and sin from the teacher's rotary module.
-            attention_mask: not read; padding and documents come in `sequence_context`.
+            *args: attention masks, not read; padding and documents come in `sequence_context`.
+            position_embeddings: cos and sin from the teacher's rotary module, if it has one.
             past_key_values: a `LinearizedCache`, or None.
-            sequence_context: padding and documents; none of either by default.
+            layer_past: the same, as older decoders call it.
+            sequence_context: padding and documents; by default what the attribute `context` holds, set where a decoder
+                does not hand on what it does not know, else none of either.
             **kwargs: what the teacher's decoder passes besides; not read.
 
         Returns:
             [B, T, hidden], and None in the place of attention weights.
         """
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        heads = self.heads(hidden_states, position_embeddings, sequence_context or SequenceContext(), layer)
-        out: Tensor = self.family.output(self, heads)
+        cache = layer_past if past_key_values is None else past_key_values
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        context = sequence_context or self.context or SequenceContext()
+        heads = self.heads(hidden_states, position_embeddings, context, layer)
+        out: Tensor = self.family.finish(self, self.family.output(self, heads), hidden_states)
         return out, None
 
     def heads(
         self,
         x: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
         context: SequenceContext,
         layer: Any = None,
     ) -> Tensor:
@@ -115,10 +121,10 @@ class LinearizedAttention(nn.Module):
         return mixed if exact is None else torch.cat([exact, mixed], 2)
 
     def _rotate(
-        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor], context: SequenceContext
+        self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, context: SequenceContext
     ) -> tuple[Tensor, Tensor]:
         """The teacher's rotary embedding on packed queries and keys [B, T, heads, D]."""
-        if not self.rotates:
+        if not self.rotates or position_embeddings is None:
             return q, k
         if context.order is not None:
             cos, sin = (context.pack(t.expand(q.shape[0], -1, -1)) for t in position_embeddings)

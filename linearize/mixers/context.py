@@ -144,3 +144,27 @@ def _document_starts(first: Tensor) -> Tensor:
     """[B, T] marks of first tokens -> index of the latest mark, -1 before any."""
     places = torch.arange(first.shape[1], device=first.device)
     return torch.where(first, places, -1).cummax(1).values
+
+
+def visible_mask(context: SequenceContext, batch: int, length: int, causal: bool, device: torch.device) -> Tensor:
+    """Return which tokens a softmax layer lets see which, [B, 1, T, T] bool: tokens of their own document, no padding.
+
+    Args:
+        context: of a call without a cache.
+        batch: B.
+        length: T.
+        causal: tokens see no later ones.
+        device: of the result.
+    """
+    place = torch.arange(length, device=device)
+    first = place.new_zeros(batch, length) if context.starts is None else context.starts.clamp(min=0)
+    mask = first[:, :, None] == first[:, None, :]
+    if causal:
+        mask = mask & (place[None, :] <= place[:, None])
+    if context.order is None or context.lengths is None:
+        return mask[:, None]
+    real = place < context.lengths[:, None]
+    mask = mask & (real[:, None, :] | (place[None, :] == place[:, None]))  # padding sees itself: no row is empty
+    back = context.order.argsort(1)
+    mask = mask.gather(1, back[:, :, None].expand_as(mask)).gather(2, back[:, None, :].expand_as(mask))
+    return mask[:, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -20,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from linearize.cache import LinearizedCache
 from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
-from linearize.mixers.context import default_positions, sequence_context
+from linearize.mixers.context import default_positions, sequence_context, visible_mask
 from linearize.registry import families
 
 STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_static", "offloaded_hybrid")
@@ -74,12 +75,16 @@ class LinearizedBase:
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         batch, length = tokens.shape[:2]
         ends = kwargs.get("cu_seq_lens_q")
-        context = sequence_context(batch, length, attention_mask, position_ids, ends, past)
+        padding = two_dimensional(attention_mask, batch, length, position_ids, causal=True)
+        context = sequence_context(batch, length, padding, position_ids, ends, past)
         if position_ids is None:
-            position_ids = default_positions(batch, length, attention_mask, ends, past)
+            position_ids = default_positions(batch, length, padding, ends, past)
         if len(self.config.linearize["layers"]) == self.config.num_hidden_layers:
             # No softmax layer reads a mask, and a 4-D mask passes through mask creation untouched.
             attention_mask = tokens.new_zeros(1, 1, 1, 1)
+        elif context.starts is not None and past == 0 and not family_of(self.config).isolates_documents:
+            attention_mask = softmax_mask(self.config, visible_mask(context, batch, length, True, tokens.device))
+        hand_context(self, context)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -143,22 +148,77 @@ def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
             f"This {type(config).__name__} has no `linearize` entry, so there is nothing to build; convert a teacher "
             "with `linearize.surgery.convert`, or load a folder that `linearize` wrote."
         )
-    family = families.get(settings["model_type"])
+    family = family_of(config)
+    family.check(config)
     decoder = model.get_decoder()
     replaced, replacements = {}, {}
     for index in settings["layers"]:
-        layer = decoder.layers[index]
+        teacher = replaced[index] = family.module(decoder, index)
         exact = len(settings["exact_heads"].get(str(index), ()))
-        replaced[index] = layer.self_attn
-        like = next(layer.self_attn.parameters())
-        new = LinearizedAttention(layer.self_attn, family, config, index, settings["mixer"], exact)
+        like = next(teacher.parameters())
+        new = LinearizedAttention(teacher, family, config, index, settings["mixer"], exact)
         if new.mixer is not None and like.device.type != "meta":
             new.mixer.to(device=like.device, dtype=like.dtype)
-        replacements[index] = new.train(layer.training)
+        replacements[index] = new.train(teacher.training)
     for index, new in replacements.items():
-        decoder.layers[index].self_attn = new
+        family.replace(decoder, index, new)
     decoder.__class__ = classes_for(settings["model_type"]).base
     return replaced
+
+
+def family_of(config: Any) -> Any:
+    """Return the family of a teacher's or a converted model's configuration."""
+    settings = getattr(config, "linearize", None)
+    return families.get(settings["model_type"] if settings else config.model_type)
+
+
+def two_dimensional(
+    mask: Tensor | None, batch: int, length: int, position_ids: Tensor | None, causal: bool
+) -> Tensor | None:
+    """Return a mask of padding as it is, and None for a mask [B, 1, T, T] that says what `position_ids` say.
+
+    Raises:
+        ValueError: from what takes the mask on, where it says something else.
+    """
+    if mask is None or mask.dim() != 4 or position_ids is None:
+        return mask
+    context = sequence_context(batch, length, None, position_ids, None)
+    told = mask if mask.dtype == torch.bool else mask == 0
+    return None if torch.equal(told, visible_mask(context, batch, length, causal, mask.device)) else mask
+
+
+def softmax_mask(config: Any, visible: Tensor) -> Tensor:
+    """Return a mask [B, 1, T, T] in the form that the teacher's attention takes: bool, or added to the scores."""
+    if config._attn_implementation != "eager":
+        return visible
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def packed_inputs(config: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the inputs of packed rows as a teacher or a student of this configuration needs them.
+
+    Args:
+        config: of either; a model of no known family is taken to keep documents apart.
+        inputs: `input_ids` and `position_ids` [B, T] that count from 0 in each document, and what else is passed on.
+    """
+    settings = getattr(config, "linearize", None)
+    model_type = settings["model_type"] if settings else config.model_type
+    if model_type not in families or families.get(model_type).isolates_documents:
+        return inputs
+    position_ids = inputs["position_ids"]
+    batch, length = position_ids.shape
+    context = sequence_context(batch, length, None, position_ids, None)
+    visible = visible_mask(context, batch, length, True, position_ids.device)
+    return {**inputs, "attention_mask": softmax_mask(config, visible)}
+
+
+def hand_context(decoder: Any, context: Any) -> None:
+    """Give the sequence context to the replaced attention of a decoder that does not hand on unknown arguments."""
+    family = family_of(decoder.config)
+    if not family.passes_context:
+        for index in decoder.config.linearize["layers"]:
+            family.module(decoder, index).context = context
 
 
 _CLASSES: dict[str, Classes] = {}
@@ -171,7 +231,7 @@ def classes_for(model_type: str) -> Classes:
     families.get(model_type)
     teacher_config = CONFIG_MAPPING[model_type]
     teacher_base, teacher_lm = MODEL_MAPPING[teacher_config], MODEL_FOR_CAUSAL_LM_MAPPING[teacher_config]
-    stem = teacher_lm.__name__.removesuffix("ForCausalLM")
+    stem = teacher_lm.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     module = {"__module__": __name__}
     config = type(
         f"Linearized{stem}Config",
@@ -187,9 +247,16 @@ def classes_for(model_type: str) -> Classes:
     lm = type(f"Linearized{stem}ForCausalLM", (LinearizedLM, teacher_lm), {**module, "config_class": config})
     _CLASSES[model_type] = Classes(config, base, lm)
     _record_hidden_states(base, teacher_base)
-    conversions = get_checkpoint_conversion_mapping(model_type)
-    if conversions:  # experts lie in a checkpoint under other names than in the model
-        register_checkpoint_conversion_mapping(f"linearized_{model_type}", conversions, overwrite=True)
+    # What lies in a checkpoint under other names than in the model: experts, GPT-NeoX's head.
+    names = {
+        model_type: f"linearized_{model_type}",
+        teacher_base.__name__: base.__name__,
+        teacher_lm.__name__: lm.__name__,
+    }
+    for name, ours in names.items():
+        conversions = get_checkpoint_conversion_mapping(name)
+        if conversions:
+            register_checkpoint_conversion_mapping(ours, conversions, overwrite=True)
     globals().update({c.__name__: c for c in _CLASSES[model_type]})
     return _CLASSES[model_type]
 

@@ -109,7 +109,7 @@ def remote_code(model_type: str, mixer: dict[str, Any]) -> str:
     imports: dict[str, None] = {}
     names: dict[str, str] = {}
     homes = [cls.__module__ for cls in reversed(families.get(model_type).__mro__) if cls is not object]
-    bodies = [_body(importlib.import_module(name), imports, names) for name in (*MODULES, *homes)]
+    bodies = [_body(importlib.import_module(name), imports, names) for name in (*MODULES, *dict.fromkeys(homes))]
     bodies += _user_parts(mixer, imports, names)
     bodies.append(f"classes_for({model_type!r})")
     bodies = [LAZY_IMPORT.sub(_guarded, body) for body in bodies]

@@ -9,28 +9,87 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from linearize.errors import UnknownNameError
+from linearize.errors import LinearizeError, UnknownNameError
+from linearize.modeling.classes import family_of
 from linearize.recipe import Lora
 
 
-def add_lora(module: nn.Module, lora: Lora) -> None:
+def lora_targets(model: Any, targets: list[str]) -> list[str]:
+    """Return a recipe's LoRA targets by the names that they have in a model.
+
+    A recipe names attention's projections `q_proj`, `k_proj`, `v_proj` and `o_proj`; where a family calls them
+    otherwise, they are found through it. Any other name is a linear module's own.
+
+    Args:
+        model: a teacher or a converted model of a known family.
+        targets: names in the recipe.
+
+    Returns:
+        Names, or last parts of names, of linear modules.
+
+    Raises:
+        LinearizeError: a target names one of several projections that the model has in one piece.
+        UnknownNameError: a target matches no linear module.
+    """
+    family = family_of(model.config)
+    linear = _linear_names(model)
+    wanted = {target: _resolve(family, target, targets, linear, family.attention) for target in targets}
+    for target, name in wanted.items():
+        if not any(_matches(known, name) for known in linear):
+            raise UnknownNameError(
+                "LoRA target", target, {known.rpartition(".")[2] for known in linear}, "lora.targets"
+            )
+    return list(dict.fromkeys(wanted.values()))
+
+
+def attention_targets(family: Any, targets: list[str]) -> list[str]:
+    """Return the names of projections inside a family's attention module.
+
+    Args:
+        family: how the model is read.
+        targets: of `q_proj`, `k_proj`, `v_proj` and `o_proj`.
+
+    Raises:
+        LinearizeError: as for `lora_targets`.
+    """
+    return list(dict.fromkeys(_resolve(family, target, targets, set()) for target in targets))
+
+
+def _resolve(family: Any, target: str, targets: list[str], linear: set[str], parent: str = "") -> str:
+    """One target's name in the model; a name that the model has itself is taken as it is."""
+    name = family.projections.get(target)
+    if name is None or name == target or any(_matches(known, target) for known in linear):
+        return target
+    absent = [other for other, fused in family.projections.items() if fused == name and other not in targets]
+    if absent:
+        raise LinearizeError(
+            f"The LoRA target {target!r} without {' and '.join(map(repr, absent))} does not fit this model, which has "
+            f"them fused in one projection, {name}; name all of them, or {name!r}."
+        )
+    return f"{parent}.{name}" if parent else str(name)
+
+
+def _linear_names(module: nn.Module) -> set[str]:
+    return {name for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)}
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def add_lora(module: nn.Module, lora: Lora, targets: list[str]) -> None:
     """Wrap the target projections of `module` in LoRA adapters, in place; only the adapters can train.
 
     Args:
         module: a model, or one attention module.
-        lora: rank, scale and target names.
-
-    Raises:
-        UnknownNameError: a target matches no linear module.
+        lora: rank and scale.
+        targets: names, or last parts of names, of linear modules in it.
     """
-    linear = {name.rpartition(".")[2] for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    for target in lora.targets:
-        if target not in linear:
-            raise UnknownNameError("LoRA target", target, linear, "lora.targets")
-    config = LoraConfig(
-        r=lora.r, lora_alpha=int(lora.alpha), lora_dropout=lora.dropout, target_modules=set(lora.targets)
-    )
+    transposed = any(isinstance(child, Conv1D) for child in module.modules())
+    config = LoraConfig(r=lora.r, lora_alpha=int(lora.alpha), lora_dropout=lora.dropout, target_modules=set(targets))
+    config.fan_in_fan_out = transposed
     if lora.alpha != int(lora.alpha):
         config.lora_alpha = lora.alpha
     inject_adapter_in_model(config, module)

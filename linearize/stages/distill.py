@@ -15,10 +15,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from linearize.data import PackedRows
+from linearize.modeling.heads import logits_of
 from linearize.recipe import Distill
 from linearize.stages import finetune
 from linearize.stages.base import Run
-from linearize.stages.finetune import FinetuneRunner, logits_of
+from linearize.stages.finetune import FinetuneRunner
 
 
 class DistillRunner(FinetuneRunner):

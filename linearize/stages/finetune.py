@@ -10,17 +10,13 @@ from torch import Tensor, nn
 
 from linearize.data import PackedRows
 from linearize.errors import LinearizeError
-from linearize.stages.adapters import add_lora, lora_parameters, merge_lora
+from linearize.modeling.classes import packed_inputs
+from linearize.modeling.heads import logits_of
+from linearize.stages.adapters import add_lora, lora_parameters, lora_targets, merge_lora
 from linearize.stages.base import StageRunner
 
 TOKENS_PER_CHUNK = 1024
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-
-
-def logits_of(model: Any, states: Tensor) -> Tensor:
-    """Return a model's logits from final hidden states [..., hidden]; Granite divides them by `logits_scaling`."""
-    logits: Tensor = model.get_output_embeddings()(states)
-    return logits / getattr(model.config, "logits_scaling", 1.0)
 
 
 class FinetuneRunner(StageRunner):
@@ -35,24 +31,26 @@ class FinetuneRunner(StageRunner):
             model.float().requires_grad_(True)
             trained = dict(model.named_parameters())
         elif self.settings.train == "lora":
-            add_lora(model, self.settings.lora)
+            add_lora(model, self.settings.lora, self._targets())
             model.requires_grad_(False)
             trained = lora_parameters(model)
         else:
             trained = {}
         if self.settings.train_mixer:
-            trained.update({n: p for n, p in model.named_parameters() if ".self_attn.mixer." in n})
+            trained.update({n: p for n, p in model.named_parameters() if ".mixer." in n})
         for parameter in trained.values():
             parameter.requires_grad_(True)
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return trained
 
+    def _targets(self) -> list[str]:
+        return lora_targets(self.run.model, self.settings.lora.targets)
+
     def _states(self, inputs: dict[str, Tensor]) -> Tensor:
         model = self.run.model
-        states: Tensor = model.get_decoder()(
-            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
-        ).last_hidden_state
+        given = packed_inputs(model.config, {name: inputs[name] for name in ("input_ids", "position_ids")})
+        states: Tensor = model.get_decoder()(**given, use_cache=False).last_hidden_state
         return states
 
     def _reference(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor | None:
@@ -127,6 +125,6 @@ class FinetuneRunner(StageRunner):
         """Everything, or the adapted projections and, if they train, the mixers."""
         if self.settings.train == "full":
             return True
-        targets = self.settings.lora.targets if self.settings.train == "lora" else []
+        targets = self._targets() if self.settings.train == "lora" else []
         adapted = any(f".{target}." in name for target in targets)
-        return adapted or (self.settings.train_mixer and ".self_attn.mixer." in name)
+        return adapted or (self.settings.train_mixer and ".mixer." in name)

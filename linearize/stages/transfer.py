@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from linearize.data import PackedRows
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext, sequence_context
+from linearize.modeling.classes import family_of, packed_inputs
 from linearize.recipe import TRAINED_PROJECTIONS, Transfer
-from linearize.stages.adapters import add_lora, lora_parameters, merge_lora
+from linearize.stages.adapters import add_lora, attention_targets, lora_parameters, merge_lora
 from linearize.stages.base import Run, StageRunner
 
 
@@ -34,27 +35,29 @@ class TransferLayer(nn.Module):
         self.teacher = teacher
         self.student = student
         self.settings = settings
+        self.context = SequenceContext()
         self.share = 1.0
         self.loss = torch.zeros(())
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        sequence_context: SequenceContext,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the teacher's output; the mixer's loss is in `loss`, its gradients in its parameters."""
+        self.teacher.eval()  # its dropout would blur the target
+        kwargs.pop("sequence_context", None)
         heads: list[Tensor] = []
-        hook = self.teacher.o_proj.register_forward_pre_hook(lambda module, args: heads.append(args[0]))  # type: ignore[union-attr]
+        family = self.student.family
+
+        def record(module: nn.Module, given: tuple[Tensor], made: Tensor) -> None:
+            heads.extend((given[0], made))
+
+        hook = self.teacher.get_submodule(family.projections["o_proj"]).register_forward_hook(record)
         try:
-            out = self.teacher(hidden_states, position_embeddings=position_embeddings, **kwargs)[0]
+            out = self.teacher(hidden_states, *args, **kwargs)[0]
         finally:
             hook.remove()
         with torch.set_grad_enabled(self.training):
-            made = self.student.heads(hidden_states, position_embeddings, sequence_context)
+            made = self.student.heads(hidden_states, kwargs.get("position_embeddings"), self.context)
             if self.settings.target == "after_o_proj":
-                loss = self._loss(self.student.family.output(self.student, made), out)
+                loss = self._loss(family.output(self.student, made), heads[1])
             else:
                 loss = self._loss(made.flatten(-2), heads[0])
             if self.training:
@@ -78,17 +81,18 @@ class TransferRunner(StageRunner):
         assert run.surgery is not None
         self.surgery = run.surgery
         self.decoder = run.model.get_decoder()
+        self.family = family_of(run.model.config)
+        self.targets = attention_targets(self.family, TRAINED_PROJECTIONS[settings.train])
         self.layers: dict[int, TransferLayer] = {}
 
     def prepare(self) -> dict[str, nn.Parameter]:
         """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name."""
         self.run.model.requires_grad_(False)
-        targets = TRAINED_PROJECTIONS[self.settings.train]
         trained = {}
         for index, teacher in self.surgery.teachers.items():
-            student = self.decoder.layers[index].self_attn
-            if targets:
-                add_lora(student, self.settings.lora.model_copy(update={"targets": targets}))
+            student: Any = self.family.module(self.decoder, index)
+            if self.targets:
+                add_lora(student, self.settings.lora, self.targets)
             own = {} if student.mixer is None else dict(student.mixer.named_parameters(prefix="mixer"))
             own.update(lora_parameters(student))
             for name, parameter in own.items():
@@ -105,15 +109,15 @@ class TransferRunner(StageRunner):
         return list(groups.values())
 
     def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> list[float]:
-        inputs = rows.inputs(self.run.device)
+        inputs = packed_inputs(self.run.model.config, rows.inputs(self.run.device))
         inputs.pop("labels")
         batch, length = inputs["input_ids"].shape
         context = sequence_context(batch, length, None, inputs["position_ids"], None)
         for layer in self.layers.values():
-            layer.share = share
+            layer.share, layer.context = share, context
             layer.train(training)
         with self.surgery.installed(self.layers), torch.no_grad(), self.run.precision():
-            self.decoder(**inputs, use_cache=False, sequence_context=context)
+            self.decoder(**inputs, use_cache=False)
         return torch.stack([layer.loss for layer in self.layers.values()]).tolist()
 
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
@@ -134,5 +138,5 @@ class TransferRunner(StageRunner):
 
     def changes(self, name: str) -> bool:
         """The mixers, and with adapters the projections that they were merged into."""
-        targets = TRAINED_PROJECTIONS[self.settings.train]
-        return ".self_attn.mixer." in name or any(f".self_attn.{target}." in name for target in targets)
+        place = self.family.attention
+        return ".mixer." in name or any(f".{place}.{target}." in name for target in self.targets)

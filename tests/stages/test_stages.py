@@ -46,10 +46,13 @@ LIGER = Mixer(
 FAST = Optimizer(lr=1e-2, warmup=0.0, schedule="constant")
 
 
-@pytest.mark.parametrize("train", ["mixer", "qk", "qkvo"])
+TRAINS = [("llama", "mixer"), ("llama", "qk"), ("llama", "qkvo"), ("gpt2", "qkvo"), ("falcon", "qkvo")]
+
+
+@pytest.mark.parametrize(("family", "train"), TRAINS)
 @pytest.mark.parametrize("target", ["before_o_proj", "after_o_proj"])
-def test_transfer_brings_mixers_nearer_and_leaves_the_teacher_as_it_was(make_run, train, target) -> None:
-    run = make_run(LIGER)
+def test_transfer_brings_mixers_nearer_and_leaves_the_teacher_as_it_was(make_run, family, train, target) -> None:
+    run = make_run(LIGER, family=family)
     ids = torch.arange(3, 43)[None]
     with torch.no_grad():
         model = run.surgery.undo()
@@ -78,7 +81,7 @@ def test_transfer_trains_each_layer_as_if_it_were_alone(make_run, corpus) -> Non
     runner._pass(corpus.train[:2], training=False)
     for index, layer in runner.layers.items():
         kwargs = seen[index]
-        x, context = kwargs.pop("hidden_states"), kwargs.pop("sequence_context")
+        x, context = kwargs.pop("hidden_states"), layer.context
         heads = []
         hook = layer.teacher.o_proj.register_forward_pre_hook(lambda m, a, heads=heads: heads.append(a[0]))
         layer.teacher(x, **kwargs)

@@ -75,6 +75,7 @@ def window_reference(
     sinks: int = 0,
     scale: float | None = None,
     starts: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sliding softmax attention with sinks through its full [T, T] mask.
 
@@ -86,6 +87,7 @@ def window_reference(
         sinks: first tokens of a document that stay visible.
         scale: factor on the scores; K**-0.5 by default.
         starts: [B, T], first visible token of each token.
+        softcap: c caps the scaled scores, c * tanh(s / c).
 
     Returns:
         o [B, T, H, V], log-sum-exp [B, T, H] and largest score [B, T, H], fp64; o is 0 where nothing is visible.
@@ -95,6 +97,8 @@ def window_reference(
     repeat = heads // k.shape[2]
     k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * (key_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     i = torch.arange(length, device=q.device)[:, None]
     j = torch.arange(length, device=q.device)[None, :]
     first = torch.zeros(batch, length, 1, device=q.device, dtype=torch.long)

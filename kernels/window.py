@@ -42,6 +42,7 @@ def window_attention(
     scale: float | None = None,
     starts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    softcap: float | None = None,
 ) -> WindowOutput:
     """Softmax attention of each token to the last `window` tokens, itself included, and its document's first `sinks`.
 
@@ -56,12 +57,13 @@ def window_attention(
         scale: factor on the scores; K**-0.5 by default.
         starts: int [B, T], first token of each token's document; values below 0 count as 0.
         cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
+        softcap: c caps the scaled scores, c * tanh(s / c), as Gemma 2 does; the PyTorch form serves it on any device.
 
     Returns:
         Outputs, log-sum-exp and largest score; all differentiable.
 
     Raises:
-        ValueError: shapes do not fit, or `window` is below 1.
+        ValueError: shapes do not fit, `window` is below 1, or `softcap` is not above 0.
     """
     batch, length, heads, key_dim = q.shape
     if k.shape[:2] != (batch, length) or v.shape[:3] != k.shape[:3] or k.shape[-1] != key_dim or heads % k.shape[2]:
@@ -71,22 +73,26 @@ def window_attention(
         )
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must lie above 0, got {softcap}.")
     scale = key_dim**-0.5 if scale is None else scale
     if cu_seqlens is not None:
         if starts is not None or batch != 1:
             raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {batch}.")
         starts = starts_from_cu_seqlens(cu_seqlens, length)
     backend = select("window", q)
-    if backend == "triton":
+    if backend == "triton" and softcap is None:
         from linearize.kernels.window_triton import window_triton
 
         return WindowOutput(*window_triton(q, k, v, window, sinks, scale, starts))
     if backend == "reference":
         from linearize.kernels.reference import window_reference
 
-        o, lse, row_max = window_reference(q, k, v, window=window, sinks=sinks, scale=scale, starts=starts)
+        o, lse, row_max = window_reference(
+            q, k, v, window=window, sinks=sinks, scale=scale, starts=starts, softcap=softcap
+        )
         return WindowOutput(o.to(q.dtype), lse.float(), row_max.float())
-    return _blocked(q, k, v, window, sinks, scale, starts)
+    return _blocked(q, k, v, window, sinks, scale, starts, softcap)
 
 
 def window_step(
@@ -98,6 +104,7 @@ def window_step(
     length: Tensor,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> WindowOutput:
     """One token of window attention, after its key and value were written to slot `length % W` of the rings.
 
@@ -109,11 +116,12 @@ def window_step(
         sink_v: [B, S, G, V], or None.
         length: int [B], tokens of the row before this one.
         scale: factor on the scores; K**-0.5 by default.
+        softcap: as in `window_attention`.
 
     Returns:
         o [B, H, V], log-sum-exp [B, H], largest score [B, H].
     """
-    if select("step", q) == "triton":
+    if softcap is None and select("step", q) == "triton":
         from linearize.kernels.step_triton import window_step_triton
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -129,15 +137,21 @@ def window_step(
     batch, heads, key_dim = q.shape
     groups = keys.shape[2]
     queries = q.float().view(batch, groups, heads // groups, 1, key_dim) * (key_dim**-0.5 if scale is None else scale)
-    o, lse, row_max = _softmax(
-        queries, keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1), visible[:, None, None, None]
-    )
+    columns = keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1)
+    o, lse, row_max = _softmax(queries, *columns, visible[:, None, None, None], softcap)
     return WindowOutput(o.flatten(1, 3).to(q.dtype), lse.flatten(1), row_max.flatten(1))
 
 
-def _softmax(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
+    """Return `c * tanh(scores / c)`, or the scores as they are where there is no cap."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _softmax(
+    queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Masked softmax attention: queries [B, G, R, ..., C, K], keys [B, G, 1, ..., J, K], values [B, G, ..., J, V]."""
-    scores = (queries @ keys.transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+    scores = cap_scores(queries @ keys.transpose(-1, -2), softcap).masked_fill(~visible, -torch.inf)
     row_max = scores.amax(-1, keepdim=True)
     weights = (scores - row_max.masked_fill(row_max == -torch.inf, 0.0)).exp()
     total = weights.sum(-1, keepdim=True)
@@ -148,7 +162,14 @@ def _softmax(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> 
 
 
 def _blocked(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float, starts: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    starts: Tensor | None,
+    softcap: float | None,
 ) -> WindowOutput:
     """Blocks of C <= W queries against the blocks that their windows reach, so that memory is linear in T."""
     batch, length, heads, _ = q.shape
@@ -184,7 +205,7 @@ def _blocked(
         rows = torch.arange(batch, device=q.device)[:, None]
         keys = torch.cat([keys, k.float()[rows, at].unflatten(1, (blocks, sinks)).movedim(3, 1)], 3)
         values = torch.cat([values, v.float()[rows, at].unflatten(1, (blocks, sinks)).movedim(3, 1)], 3)
-    o, lse, row_max = _softmax(queries, keys[:, :, None], values, visible[:, None, None])
+    o, lse, row_max = _softmax(queries, keys[:, :, None], values, visible[:, None, None], softcap)
 
     def join(x: Tensor) -> Tensor:
         """[B, G, R, N, C, ...] -> [B, T, H, ...]"""

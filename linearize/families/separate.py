@@ -81,6 +81,11 @@ class SeparateProjections:
         return float(attention.scaling)  # type: ignore[arg-type]
 
     @staticmethod
+    def softcap(attention: nn.Module) -> float | None:
+        """Return the teacher's cap on attention scores, c * tanh(score / c), or None."""
+        return None
+
+    @staticmethod
     def max_window(attention: nn.Module, config: Any) -> int | None:
         """Return the teacher's own sliding window on this layer, in tokens, or None."""
         if hasattr(attention, "sliding_window"):

@@ -45,14 +45,15 @@ class LinearizedAttention(nn.Module):
         self.exact_groups = exact
         self.context: SequenceContext | None = None
         scaling, window = family.scaling(teacher, config), family.max_window(teacher, config)
-        self.exact = ExactAttention(scaling, window) if exact else None
+        softcap = family.softcap(teacher)
+        self.exact = ExactAttention(scaling, window, softcap) if exact else None
         self.mixer: TokenMixer | None = None
         if exact < groups:
             rest = groups - exact
             shape = HeadShape(
                 rest * self.repeat, rest, self.head_dim, config.hidden_size, layer, config.num_hidden_layers
             )
-            self.mixer = TokenMixer(shape, spec, scaling, window)
+            self.mixer = TokenMixer(shape, spec, scaling, window, softcap)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linearize.kernels.window import cap_scores
 from linearize.mixers.context import SequenceContext
 
 Tensors = dict[str, Tensor]
@@ -23,10 +24,12 @@ class ExactAttention(nn.Module):
     Args:
         scaling: the teacher's factor on attention scores.
         max_window: the teacher's own sliding window, if it has one.
+        softcap: the teacher's cap on attention scores, if it has one: scores then exist as [B, H, T, P].
     """
 
-    def __init__(self, scaling: float, max_window: int | None = None) -> None:
+    def __init__(self, scaling: float, max_window: int | None = None, softcap: float | None = None) -> None:
         super().__init__()
+        self.softcap = softcap
         self.scaling = scaling
         self.max_window = max_window
 
@@ -75,11 +78,21 @@ class ExactAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """SDPA on [B, T, heads, D]; no mask means causal."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.softcap is not None:
+            return self._capped(q, k, v, mask).transpose(1, 2)
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2)
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Capped attention on [B, heads, T, D], the softmax in fp32 as the teacher's own is; SDPA has no cap."""
+        queries = q.unflatten(1, (k.shape[1], -1))
+        scores = cap_scores(queries @ k[:, :, None].transpose(-1, -2) * self.scaling, self.softcap)
+        seen = self._causal(q.shape[2], q.device, None) if mask is None else mask
+        weights = scores.float().masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num()
+        return (weights.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
 
     def _new_mask(self, q: Tensor, context: SequenceContext) -> Tensor | None:
         """Which tokens of this call see which: [B or 1, 1, T, T], or None where plain causal serves."""

@@ -44,10 +44,19 @@ class TokenMixer(nn.Module):
         spec: the recipe's `mixer`, as plain data.
         scaling: the teacher's factor on attention scores.
         max_window: the teacher's own sliding window; the mixer's never reaches further.
+        softcap: the teacher's cap on attention scores.
     """
 
-    def __init__(self, shape: HeadShape, spec: dict[str, Any], scaling: float, max_window: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: HeadShape,
+        spec: dict[str, Any],
+        scaling: float,
+        max_window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
+        self.softcap = softcap
         self.scaling = scaling
         self.rotary = spec["rotary"]
         self.overlap = bool(spec["overlap"])
@@ -205,23 +214,32 @@ class TokenMixer(nn.Module):
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cache: Tensors | None) -> WindowOutput:
         if cache is None:
-            return window_attention(q, k, v, window=self.window, sinks=self.sinks, scale=self.scaling, starts=starts)
+            return self._attend(q, k, v, starts)
         past = self._past(cache, "window_k", "sink_k"), self._past(cache, "window_v", "sink_v")
         span = self.window + self.sinks
         missing = (span - cache["length"]).clamp(min=0)[:, None]
         if starts is None:
             starts = torch.full(q.shape[:2], -1, device=q.device)
         starts = torch.where(starts < 0, missing, starts + span)
-        out = window_attention(
+        out = self._attend(
             torch.cat([q.new_zeros(q.shape[0], span, *q.shape[2:]), q], 1),
             torch.cat([past[0], k], 1),
             torch.cat([past[1], v], 1),
+            torch.cat([missing.expand(-1, span), starts], 1),
+        )
+        return WindowOutput(*(t[:, span:] for t in out))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> WindowOutput:
+        return window_attention(
+            q,
+            k,
+            v,
             window=self.window,
             sinks=self.sinks,
             scale=self.scaling,
-            starts=torch.cat([missing.expand(-1, span), starts], 1),
+            starts=starts,
+            softcap=self.softcap,
         )
-        return WindowOutput(*(t[:, span:] for t in out))
 
     def _past(self, cache: Tensors, ring: str, sink: str) -> Tensor:
         """The cached sinks and window in order of time, [B, S + W, G, D]; rows with fewer tokens begin with rubbish."""
@@ -373,6 +391,7 @@ class TokenMixer(nn.Module):
                 cache.get("sink_v"),
                 length,
                 scale=self.scaling,
+                softcap=self.softcap,
             )
         length.add_(1)
         return self._finish(window, memory, normalizer)

@@ -43,6 +43,7 @@ class LinearizedBase:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        keep_cap(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         replace_attention(self, config)
 
@@ -105,6 +106,7 @@ class LinearizedLM:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        keep_cap(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         replace_attention(self, config)
 
@@ -130,6 +132,12 @@ class LinearizedLM:
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Leave the padding mask as it is: the decoder reads it."""
         return attention_mask
+
+
+def keep_cap(config: Any) -> None:
+    """Let layers that stay softmax keep the teacher's cap on scores, which SDPA does not have."""
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        config._attn_implementation = "eager"
 
 
 def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:

@@ -45,6 +45,10 @@ VARIANTS = {
     "residuals one after the other": {"parallel_attn": False, "new_decoder_architecture": False, "heads": (6, 6)},
     "one norm for both": {"num_ln_in_parallel_attn": 1},
     "without parallel residual": {"use_parallel_residual": False},
+    "scores divided by another number": {"query_pre_attn_scalar": 5},
+    "capped scores": {"attn_logit_softcapping": 1.5},
+    "capped logits": {"final_logit_softcapping": 3.0},
+    "global layers": {"layer_types": ["full_attention", "full_attention"], "query_pre_attn_scalar": 5},
     "scaled logits": {"logits_scaling": 4.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5},
 }
 
@@ -123,7 +127,7 @@ def test_undo_restores_the_teacher_to_the_bit(teacher, make_mixer, family, chang
     before, weights, classes = logits(model), copy.deepcopy(model.state_dict()), (type(model), type(model.config))
     config = model.config.to_dict()
     mixer = make_mixer(feature_map="softmax", gate="key", window={"size": 4, "sinks": 1}, combine="average")
-    surgery = convert(model, mixer, exact_heads=[(layer, head % (last + 1)) for layer, head in exact])
+    surgery = convert(model, mixer, [0, 1], exact_heads=[(layer, head % (last + 1)) for layer, head in exact])
     assert all(isinstance(attention, LinearizedAttention) for attention in attentions(model))
     if exact and last == 0:  # the layers' only KV head stays exact
         torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
@@ -141,7 +145,7 @@ def test_undo_restores_the_teacher_to_the_bit(teacher, make_mixer, family, chang
 def test_a_window_as_long_as_the_input_gives_the_teachers_logits(teacher, make_mixer, family, changes):
     model = teacher(family, changes)
     before = logits(model)
-    convert(model, make_mixer(combine="window_only", window={"size": IDS.shape[1]}))
+    convert(model, make_mixer(combine="window_only", window={"size": IDS.shape[1]}), [0, 1])
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
 
@@ -150,9 +154,8 @@ def test_exact_heads_give_the_teachers_logits_in_prefill_and_decode(teacher, mak
     model = teacher(family, changes)
     before = logits(model)
     groups = kv_heads(model)
-    convert(
-        model, make_mixer(combine="average"), exact_heads=[(i, g) for i in range(2) for g in reversed(range(groups))]
-    )
+    heads = [(i, g) for i in range(2) for g in reversed(range(groups))]
+    convert(model, make_mixer(combine="average"), [0, 1], heads)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
     cache, outputs = None, []
     for piece in IDS.split([7, 8, *[1] * 9], dim=1):
@@ -206,6 +209,15 @@ def test_packed_documents_stay_apart_in_a_model_with_a_softmax_layer(teacher, ma
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_local_layers_stay_softmax_unless_they_are_named(teacher, make_mixer, family):
+    model = teacher(family, {"num_hidden_layers": 4})
+    surgery = convert(model, make_mixer())
+    assert model.config.linearize["layers"] == [1, 3] == list(surgery.teachers)
+    surgery.undo()
+    assert list(convert(model, make_mixer(), [0, 3]).teachers) == [0, 3]
+
+
 def test_a_window_in_the_configuration_of_a_family_without_one_is_not_read(random_teacher, make_mixer):
     """Llama's attention ignores a stray `sliding_window`, so its student does."""
     model = random_teacher("llama", sliding_window=4)
@@ -238,7 +250,7 @@ def test_a_converted_mixture_of_experts_returns_its_router_logits(teacher, make_
 def test_a_checkpoint_loads_with_and_without_the_package(teacher, make_mixer, tmp_path, family):
     teacher(family, {}).save_pretrained(tmp_path / "teacher")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
-    convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), exact_heads=[(0, 1)])
+    convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), [0, 1], [(0, 1)])
     save_checkpoint(model, None, tmp_path)
     torch.save(logits(model), tmp_path / "logits.pt")
     assert torch.equal(logits(load(tmp_path)), logits(model))
@@ -281,6 +293,7 @@ def test_a_mistake_is_explained_and_leaves_the_teacher_as_it_was(random_teacher,
 REFUSED = {
     "gpt2": ({"add_cross_attention": True}, "cross attention"),
     "falcon": ({"alibi": True}, "ALiBi"),
+    "gemma3_text": ({"use_bidirectional_attention": True}, "both directions"),
 }
 
 

@@ -31,13 +31,14 @@ def random_starts(batch, length, seed):
     sinks=st.integers(0, 5),
     groups=st.integers(1, 2),
     packed=st.booleans(),
+    softcap=st.sampled_from([None, 0.7, 5.0]),
     seed=st.integers(0, 99),
 )
-def test_forward_and_gradients_match_the_full_mask(length, window, sinks, groups, packed, seed):
+def test_forward_and_gradients_match_the_full_mask(length, window, sinks, groups, packed, softcap, seed):
     q, k, v = (x.requires_grad_() for x in make_inputs(2, length, groups * 3, groups, seed=seed))
     starts = random_starts(2, length, seed) if packed else None
-    ours = window_attention(q, k, v, window=window, sinks=sinks, starts=starts)
-    exact = window_reference(q, k, v, window=window, sinks=sinks, starts=starts)
+    ours = window_attention(q, k, v, window=window, sinks=sinks, starts=starts, softcap=softcap)
+    exact = window_reference(q, k, v, window=window, sinks=sinks, starts=starts, softcap=softcap)
     weights = [torch.randn_like(x) for x in ours]
     for a, e in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5)
@@ -56,16 +57,17 @@ def test_a_token_that_sees_nothing_gets_zero_and_finite_gradients():
         assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("window", "sinks"), [(5, 0), (5, 2), (1, 1), (40, 3)])
-def test_steps_over_ring_buffers_match(window, sinks):
+def test_steps_over_ring_buffers_match(window, sinks, softcap):
     length = 30
     q, k, v = make_inputs(2, length, 4, 2)
-    exact = window_reference(q, k, v, window=window, sinks=sinks)
+    exact = window_reference(q, k, v, window=window, sinks=sinks, softcap=softcap)
     k_ring, v_ring = torch.zeros(2, window, 2, 8), torch.zeros(2, window, 2, 6)
     for t in range(length):
         k_ring[:, t % window], v_ring[:, t % window] = k[:, t], v[:, t]
         sink_k, sink_v = (k[:, :sinks], v[:, :sinks]) if sinks else (None, None)
-        out = window_step(q[:, t], k_ring, v_ring, sink_k, sink_v, torch.tensor([t, t]))
+        out = window_step(q[:, t], k_ring, v_ring, sink_k, sink_v, torch.tensor([t, t]), softcap=softcap)
         for a, e in zip(out, exact, strict=True):
             torch.testing.assert_close(a.double(), e[:, t], rtol=1e-4, atol=1e-5)
 
@@ -74,5 +76,7 @@ def test_bad_arguments_are_named():
     q, k, v = make_inputs(1, 4, 3, 1)
     with pytest.raises(ValueError, match="window must be at least 1"):
         window_attention(q, k, v, window=0)
+    with pytest.raises(ValueError, match="softcap must lie above 0"):
+        window_attention(q, k, v, window=1, softcap=0.0)
     with pytest.raises(ValueError, match="H a multiple of G"):
         window_attention(q, torch.cat([k, k], 2), torch.cat([v, v], 2), window=2)

@@ -66,6 +66,53 @@ def gated_linear_reference(
     return torch.stack(outputs, 1), torch.stack(normalizers, 1), state, norm
 
 
+def bidirectional_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention in both directions, pair by pair.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, G, K].
+        v: [B, T, G, V].
+        log_decay: None, [G], [B, T, G] or [B, T, G, K].
+        scale: factor on the outputs.
+        starts: [B, T], first token of each token's document.
+
+    Returns:
+        o [B, T, H, V] and normalizer [B, T, H], both fp64: token j weighs q_i . (k_j * d_ij), where d_ij is the product of
+        the decays of j + 1 to i for earlier j, and of i to j - 1 for later ones.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    batch, length, heads, key_dim = q.shape
+    groups = k.shape[2]
+    g = q.new_zeros(groups) if log_decay is None else log_decay.double()
+    if g.dim() == 1:
+        g = g.expand(batch, length, groups)
+    if g.dim() == 3:
+        g = g[..., None].expand(batch, length, groups, key_dim)
+    first = torch.zeros(batch, length) if starts is None else starts.clamp(min=0)
+    outputs, normalizers = [], []
+    for i in range(length):
+        o, total = q.new_zeros(batch, heads, v.shape[-1]), q.new_zeros(batch, heads)
+        for j in range(length):
+            between = g[:, j + 1 : i + 1] if j <= i else g[:, i:j]
+            key = k[:, j] * between.sum(1).exp()
+            weight = scale * (q[:, i] * key.repeat_interleave(heads // groups, 1)).sum(-1)
+            weight = weight * (first[:, i] == first[:, j])[:, None]
+            o = o + weight[..., None] * v[:, j].repeat_interleave(heads // groups, 1)
+            total = total + weight
+        outputs.append(o)
+        normalizers.append(total)
+    return torch.stack(outputs, 1), torch.stack(normalizers, 1)
+
+
 def window_reference(
     q: Tensor,
     k: Tensor,

@@ -2,9 +2,9 @@
 
 Legend: B batch, T tokens, H query heads, G KV heads, K key dim, V value dim.
 
-Each side is a causal pass, the later one over the reversed sequence; what the token itself adds is in both, and is taken
-out once. With a constant decay a the weights are a^|i - j| (LION-D, arXiv:2502.16249); with a decay per token the earlier
-side has prod_{t=j+1..i} a_t and the later side prod_{t=i..j-1} a_t, LION-S's recurrence in either direction.
+Each side is a causal pass, the later one over the reversed sequence; what the token itself adds is in both, and is
+taken out once. With a constant decay a the weights are a^|i - j| (LION-D, arXiv:2502.16249); with a decay per token the
+earlier side has prod_{t=j+1..i} a_t and the later side prod_{t=i..j-1} a_t, the recurrence run from either end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def bidirectional_linear_attention(
     if log_decay is None and starts is None:
         return _undecayed(q, k, v, scale, with_normalizer)
     before = gated_linear_attention(
-        q, k, v, log_decay, scale=scale, with_normalizer=with_normalizer, starts=_first_tokens(starts)
+        q, k, v, log_decay, scale=scale, with_normalizer=with_normalizer, starts=_from_zero(starts)
     )
     decay = log_decay.flip(1) if log_decay is not None and log_decay.dim() > 1 else log_decay
     behind = gated_linear_attention(
@@ -76,9 +76,7 @@ def _grouped(x: Tensor, k: Tensor) -> Tensor:
     return x.unflatten(2, (k.shape[2], -1))
 
 
-def _undecayed(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, with_normalizer: bool
-) -> tuple[Tensor, Tensor | None]:
+def _undecayed(q: Tensor, k: Tensor, v: Tensor, scale: float, with_normalizer: bool) -> tuple[Tensor, Tensor | None]:
     """One state for the whole row: O(T), without a scan."""
     queries, keys = _grouped(q.float() * scale, k), k.float()
     state = torch.einsum("btgk,btgv->bgkv", keys, v.float())
@@ -88,7 +86,7 @@ def _undecayed(
     return o, torch.einsum("btgrk,bgk->btgr", queries, keys.sum(1)).flatten(2)
 
 
-def _first_tokens(starts: Tensor | None) -> Tensor | None:
+def _from_zero(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.clamp(min=0)
 
 

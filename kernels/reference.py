@@ -86,8 +86,8 @@ def bidirectional_reference(
         starts: [B, T], first token of each token's document.
 
     Returns:
-        o [B, T, H, V] and normalizer [B, T, H], both fp64: token j weighs q_i . (k_j * d_ij), where d_ij is the product of
-        the decays of j + 1 to i for earlier j, and of i to j - 1 for later ones.
+        o [B, T, H, V] and normalizer [B, T, H], both fp64: token j weighs q_i . (k_j * d_ij), where d_ij is the product
+        of the decays of j + 1 to i for earlier j, and of i to j - 1 for later ones.
     """
     q, k, v = q.double(), k.double(), v.double()
     batch, length, heads, key_dim = q.shape

@@ -16,10 +16,12 @@ import torch
 from linearize import workspace, yaml_io
 from linearize.checkpoint import write_text
 from linearize.data import Corpus, build_corpus, evaluation_rows
+from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
+from linearize.modeling import auto_class
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, converted_layers, make_plan
 from linearize.recipe import Recipe
@@ -166,12 +168,10 @@ def load(folder: str | Path, **options: Any) -> Any:
     Raises:
         LinearizeError: the folder holds no linearized model, or not all of its tensors.
     """
-    import linearize.modeling  # noqa: F401  (registers the classes)
-
     path = workspace.checkpoint_folder(folder)
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    auto = auto_class(settings["linearize"]["model_type"])
+    model, report = auto.from_pretrained(path, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise LinearizeError(
             f"The weights in {path} lack {len(report['missing_keys'])} of the model's tensors, "
@@ -299,7 +299,7 @@ def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
         return Corpus.load(folder)
     budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in job.recipe.stages)
     tokens = max(1, budget) * job.recipe.data.length
-    corpus = build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed)
+    corpus = build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=not job.recipe.causal)
     beside = work / "data.new"
     shutil.rmtree(beside, ignore_errors=True)
     corpus.save(beside)
@@ -406,9 +406,14 @@ def evaluate_folder(
     spec = recipe.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
     tokenizer = AutoTokenizer.from_pretrained(path)
     if data is None:
-        held_out = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=settings["seed"]).held_out
+        masked = not recipe.causal
+        held_out = build_corpus(
+            spec, tokenizer, train_tokens=spec.length, seed=settings["seed"], masked=masked
+        ).held_out
     else:
         held_out = evaluation_rows(spec, tokenizer)
+        if not recipe.causal:
+            held_out = mask_rows(held_out, Masking.of(tokenizer), HELD_OUT_SEED)
     where = _device(device)
     measured = []
     reference = None
@@ -438,6 +443,8 @@ def generate_text(
     tokenizer = AutoTokenizer.from_pretrained(path)
     where = _device(device)
     model = load(path, dtype="auto").to(where).eval()
+    if not model.can_generate():
+        raise LinearizeError(f"{path} is an encoder, which fills masks and cannot continue a prompt.")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)
     inputs.pop("token_type_ids", None)

@@ -37,13 +37,15 @@ def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> Non
 
     Args:
         folder: the checkpoint's own folder.
-        tensors: by name; copied to the CPU one at a time.
+        tensors: by name; copied to the CPU one at a time. Of names that share a tensor the first alone is written.
         state: JSON values.
     """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / TENSORS)
+    once = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(tensors.items())}  # tied weights
+    kept = {name: t for name, t in tensors.items() if once[t.data_ptr(), t.shape, t.stride()] == name}
+    save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, new / TENSORS)
     sync(new / TENSORS)
     write_text(new / STATE, json.dumps(state))
     files = {name: _digest(new / name) for name in (TENSORS, STATE)}

@@ -226,7 +226,7 @@ def validate(
 
     recipe = Recipe.from_yaml(file, overrides or [])
     if recipe.mixer is not None:
-        check_mixer(recipe.mixer.model_dump())
+        check_mixer(recipe.mixer.model_dump(), causal=recipe.causal)
     if model is not None:
         api.plan(model, recipe)
     typer.echo(f"{file} is a valid recipe{f' for {model}' if model else ''}.")

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
+from linearize.modeling import auto_class
 from linearize.modeling.classes import family_of
 from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Distill, Recipe, Transfer
+from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Plan:
         mixer_parameters: new ones.
         memory: estimated peak bytes over the stages.
         disk: bytes that the run and its output folder need.
-        cache: tokens of context -> bytes of the teacher's and of the student's cache, for one row.
+        cache: tokens of context -> bytes of the teacher's and of the student's cache, for one row; empty for encoders.
     """
 
     recipe: Recipe
@@ -99,7 +101,8 @@ class Plan:
         """Return the plan as rich tables."""
         from rich.console import Group
 
-        return Group(_summary(self), _layer_table(self), _stage_table(self), _cache_table(self))
+        tables = [_layer_table(self), _stage_table(self)]
+        return Group(_summary(self), *tables, *([_cache_table(self)] if self.cache else []))
 
 
 def make_plan(
@@ -117,18 +120,15 @@ def make_plan(
         LinearizeError: a mixer part, a layer, a head or a LoRA target does not exist, rows are longer than the
             teacher's context, or a stage has nothing to train.
     """
-    from transformers import AutoModelForCausalLM
-
-    import linearize.families  # noqa: F401  (fills the registry)
-    from linearize.registry import families
-
-    families.get(config.model_type).check(config)
+    family = families.get(config.model_type)
+    family.check(config)
+    _check_direction(recipe, config)
     _check_length(recipe, config)
     _check_layers(recipe, config)
     _check_distill(recipe, config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
+        network = auto_class(config.model_type).from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
     stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.stages)))
@@ -143,7 +143,7 @@ def make_plan(
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
         disk=weights + 2 * checkpoint + SMALL_FILES,
-        cache={context: _cache_bytes(recipe, config, mixers, context, dtype) for context in CONTEXTS},
+        cache={c: _cache_bytes(recipe, config, mixers, c, dtype) for c in CONTEXTS} if family.causal else {},
     )
 
 
@@ -164,11 +164,28 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
     longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None:
+        longest -= family_of(config).first_position(config)
     if longest is not None and recipe.data.length > longest:
         raise LinearizeError(
             f"`data.length` is {recipe.data.length} tokens, but the teacher's context ends at {longest} "
             f"(max_position_embeddings): it cannot teach what lies behind. Set data.length={longest} or less."
         )
+
+
+def _check_direction(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise where a recipe for decoders meets an encoder, or the other way about."""
+    if recipe.causal == families.get(config.model_type).causal:
+        return
+    if recipe.causal:
+        raise LinearizeError(
+            f"Recipe {recipe.name!r} is causal, and {config.model_type} is an encoder, whose tokens see later ones as "
+            "well; use a recipe with `causal: false`, such as hedgehog-encoder, or a decoder."
+        )
+    raise LinearizeError(
+        f"Recipe {recipe.name!r} is for encoders (`causal: false`), and {config.model_type} is a decoder, whose tokens "
+        "must not see later ones; use a causal recipe, such as liger, or an encoder such as BERT."
+    )
 
 
 def converted_layers(recipe: Recipe, config: Any) -> list[int]:

@@ -285,6 +285,8 @@ class Recipe(Strict):
 
     Args:
         name: what `--recipe` takes.
+        causal: the recipe is for decoders; with false for encoders, whose tokens see later ones as well, and whose
+            stages predict masked tokens.
         mixer: what replaces attention; null leaves the teacher as it is (the softmax control).
         layers: which layers are converted: all, a list, or all but those of `{every: 8}` or `{keep: 0.25}`.
         exact_heads: (layer, KV head) pairs that keep full softmax attention and a growing cache.
@@ -294,6 +296,7 @@ class Recipe(Strict):
     name: str = Field(min_length=1)
     description: str = ""
     paper: str | None = None
+    causal: bool = True
     mixer: Mixer | None = Mixer()
     layers: Literal["all"] | list[NonNegative] | SoftmaxLayers = "all"
     exact_heads: list[Pair] = []

@@ -112,8 +112,8 @@ def convert(
     config = model.config
     if getattr(config, "linearize", None):
         raise LinearizeError("This model is linearized already; convert its teacher instead.")
-    check_mixer(mixer)
     family = families.get(config.model_type)
+    check_mixer(mixer, causal=family.causal)
     family.check(config)
     decoder = model.get_decoder()
     count, groups = config.num_hidden_layers, family.heads(None, config)[1]

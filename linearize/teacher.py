@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+MASKED = ("ForMaskedLM", "ForPreTraining")
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,15 @@ def load_teacher(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from linearize.modeling import auto_class
+    from linearize.registry import families
+
     files = fetch(source)
     config = _config(files.folder, trust_remote_code)
     capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA does not have
+    known = config.model_type in families
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = (auto_class(config.model_type) if known else AutoModelForCausalLM).from_pretrained(
             files.folder,
             dtype=dtype,
             attn_implementation="eager" if capped else "sdpa",
@@ -169,14 +174,24 @@ def load_teacher(
 
 
 def check_causal(config: PretrainedConfig, where: str) -> None:
-    """Raise unless a config is that of a decoder-only language model.
+    """Raise unless a config is that of a decoder-only language model, or of an encoder of a known family.
 
     Raises:
-        LinearizeError: it is an encoder, an encoder-decoder, or a model without a language-model head.
+        LinearizeError: it is another encoder, an encoder-decoder, or a model without a language-model head.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    import linearize.families  # noqa: F401  (fills the registry)
+    from linearize.registry import families
+
     names = list(config.architectures or [])
+    if config.model_type in families and not families.get(config.model_type).causal:
+        if not names or any(name.endswith(MASKED) for name in names):
+            return
+        raise LinearizeError(
+            f"{where} is an encoder without a masked-language-model head ({', '.join(names)}), which the stages train "
+            "on; give the checkpoint that it was made from, such as bert-base-uncased."
+        )
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     causal = [name for name in names if name.endswith(CAUSAL)]
     if config.is_encoder_decoder:
@@ -190,7 +205,8 @@ def check_causal(config: PretrainedConfig, where: str) -> None:
     else:
         return
     raise LinearizeError(
-        f"{where} is {kind}; only decoder-only language models can be linearized. `linearize ls` lists some."
+        f"{where} is {kind}; only decoder-only language models, BERT and RoBERTa can be linearized. `linearize ls` "
+        "lists some."
     )
 
 

@@ -66,11 +66,12 @@ def build_tokenizer() -> object:
 def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
     """Save a random tiny model of a family with its tokenizer, in fp32."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from linearize.modeling import auto_class
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(build_config(family, **changes))
+        model = auto_class(family).from_config(build_config(family, **changes))
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
@@ -98,7 +99,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def random_teacher() -> Callable[..., Any]:
     """Build two layers whose every parameter is random, biases and norms too: `random_teacher("qwen3", (9, 3), 80)`."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
     torch.set_num_threads(1)
 
@@ -115,15 +116,17 @@ def random_teacher() -> Callable[..., Any]:
             "max_position_embeddings": 4096,
             "bos_token_id": None,
             "eos_token_id": None,
-            "pad_token_id": None,
+            "pad_token_id": 0 if family == "roberta" else None,  # which counts positions from behind it
         }
         if not hasattr(CONFIG_MAPPING[family], "num_key_value_heads"):  # nor can its head dim be chosen
             sizes["hidden_size"] = heads[0] * head_dim
             del sizes["head_dim"]
         config = build_config(family, **{**sizes, **changes})
+        from linearize.modeling import auto_class
+
         capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA does not have
         options = {"attn_implementation": "eager"} if capped else {}
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model = auto_class(family).from_config(config, dtype=torch.float32, **options)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)

@@ -336,7 +336,7 @@ BAD_RUNS = {
     "missing data": (["--data", "{folder}/none.txt"], "none.txt"),
     "empty data": (["--data", "{folder}/empty.txt"], "empty.txt"),
     "too long": (["data.length=257"], "max_position_embeddings"),
-    "LoRA target": (["stages.1.lora.targets=[w_proj]"], "matches no linear layer"),
+    "LoRA target": (["stages.1.lora.targets=[w_proj]"], "LoRA target 'w_proj'"),
     "tracker": (["--track", "excel"], "'excel'"),
 }
 

@@ -163,8 +163,8 @@ def test_linearized_folder(make_teacher) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-        ({"model_type": "bert", "architectures": None}, "encoder-only"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "without a masked-language-model head (BertModel)"),
+        ({"model_type": "albert", "architectures": ["AlbertForMaskedLM"]}, "encoder-only"),
         (
             {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
             "encoder-dec",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from linearize.data.formatting import encode
+from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
 from linearize.data.packing import PackedRows, pack
 from linearize.data.selection import shuffled, take, take_shared
 from linearize.data.sources import is_lazy, load_documents
@@ -43,6 +45,12 @@ class Corpus:
     description: str
     settings: dict[str, Any]
 
+    @property
+    def masking(self) -> Masking | None:
+        """How training rows are masked; None where tokens are predicted from those before them."""
+        found = self.settings.get("masking")
+        return Masking(**found) if found else None
+
     def save(self, folder: Path) -> None:
         """Write the corpus into `folder` as safetensors and JSON."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +73,7 @@ class Corpus:
                 PackedRows(*(tensors[f"{part}.{name}"] for name in ("input_ids", "position_ids", "labels")))
                 for part in ("train", "held_out")
             )
+            held_out = dataclasses.replace(held_out, masked=bool(about["settings"].get("masking")))
             intact = about["fingerprint"] == fingerprint(train, held_out, about["settings"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise damaged(folder, str(error)) from error
@@ -136,7 +145,9 @@ def describe(
     )
 
 
-def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens: int, seed: int) -> Corpus:
+def build_corpus(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens: int, seed: int, masked: bool = False
+) -> Corpus:
     """Read, split, tokenize and pack the data of a run.
 
     Args:
@@ -145,6 +156,7 @@ def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens
         train_tokens: the budget of all stages together, in tokens of packed rows.
         seed: order of the training documents; the held-out documents do not depend on it. Data that is read lazily
             keeps its own order.
+        masked: the held-out rows get masks, for encoders; training rows get new ones at every step.
 
     Returns:
         The corpus. With less text than `train_tokens`, its rows are to be repeated; `description` says how often.
@@ -178,5 +190,9 @@ def build_corpus(data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens
             f"{data.length} tokens (`data.length`). Lower `data.length` or `data.held_out`, or give more text."
         )
     settings = {**data.model_dump(include={"format", "loss", "length", "held_out", "split"}), "seed": seed}
+    if masked:
+        masking = Masking.of(tokenizer)
+        settings["masking"] = dataclasses.asdict(masking)
+        held_out = mask_rows(held_out, masking, HELD_OUT_SEED)
     description = describe(data, train, len(documents), train_tokens / train.tokens, held_out, held_documents)
     return Corpus(train, held_out, fingerprint(train, held_out, settings), description, settings)

@@ -25,11 +25,13 @@ class PackedRows:
             on in the next row starts anew there.
         labels: `input_ids` or -100, [N, T], int32. The loss shifts: `labels[:, t]` is predicted from the tokens before
             t. It is -100 at the first token of each document, so that nothing is predicted across documents.
+        masked: `input_ids` have masks, and `labels` are what stands behind them, at the same place and nowhere else.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    masked: bool = False
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -47,7 +49,14 @@ class PackedRows:
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> PackedRows:
         """Return these rows as new `PackedRows`."""
         at = index if isinstance(index, slice) else torch.as_tensor(index, dtype=torch.long)
-        return PackedRows(self.input_ids[at], self.position_ids[at], self.labels[at])
+        return PackedRows(self.input_ids[at], self.position_ids[at], self.labels[at], self.masked)
+
+    def predicted(self) -> Tensor:
+        """Return which labels a model is asked for, [N, T] bool: all that there are, but a causal row's first."""
+        asked = self.labels != IGNORE
+        if not self.masked:
+            asked[:, 0] = False
+        return asked
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the three tensors by name."""

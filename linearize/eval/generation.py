@@ -1,4 +1,4 @@
-"""Greedy continuations, for a look at what a model writes."""
+"""Greedy continuations, and an encoder's words behind a mask, for a look at what a model writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from linearize.eval.logits import evaluation_mode
 
 
 def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64) -> str:
-    """Return the model's greedy continuation of a prompt, without the prompt.
+    """Return the model's greedy continuation of a prompt, without the prompt; an encoder's is one word, for a mask.
 
     Args:
         model: a causal language model of transformers.
@@ -18,8 +18,14 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_
         prompt: text, taken as it is (no chat template).
         max_new_tokens: where to stop, if the model does not end before.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    encoder = not model.can_generate()
+    text = f"{prompt} {tokenizer.mask_token}." if encoder else prompt
+    inputs = tokenizer(text, return_tensors="pt").to(next(model.parameters()).device)
     inputs.pop("token_type_ids", None)
+    if encoder:
+        with evaluation_mode(model):
+            best = model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id].argmax(-1)
+        return str(tokenizer.decode(best))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with evaluation_mode(model):
         tokens = model.generate(
@@ -32,6 +38,6 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
         )
-    text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    written = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert isinstance(written, str)
+    return written

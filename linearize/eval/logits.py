@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy as copy_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.modeling.heads import logits_of
+from linearize.modeling.heads import logits_head, logits_of
 
 CHUNK_ELEMENTS = 2**23
 
@@ -65,10 +66,8 @@ def final_states(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, b
 
 
 def output_embedding(model: nn.Module) -> nn.Module:
-    """Return the layer that turns final hidden states into logits."""
-    head = language_model(model).get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    return head
+    """Return the module that turns final hidden states into logits."""
+    return logits_head(language_model(model))
 
 
 def logits_reader(model: nn.Module, inputs: dict[str, Tensor], mask: Tensor) -> ReadLogits:
@@ -87,8 +86,10 @@ def chunks(count: int, vocabulary: int) -> Iterator[slice]:
     yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def copy_linear(layer: nn.Linear) -> nn.Linear:
-    """Return a frozen copy of a linear layer that shares nothing with it."""
+def copy_head(layer: nn.Module) -> nn.Module:
+    """Return a frozen copy of a module that shares nothing with it."""
+    if not isinstance(layer, nn.Linear):
+        return copy_module(layer).requires_grad_(False)
     copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     copy.load_state_dict({name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}, assign=True)
     return copy.requires_grad_(False)

@@ -10,16 +10,14 @@ import time
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.data import PackedRows
-from linearize.data.formatting import IGNORE
 from linearize.errors import LinearizeError
 from linearize.eval.logits import (
     ReadLogits,
     chunks,
-    copy_linear,
+    copy_head,
     evaluation_mode,
     final_states,
     language_model,
@@ -39,9 +37,8 @@ def labelled(model: nn.Module, rows: PackedRows) -> tuple[dict[str, Tensor], Ten
     """Return a batch's inputs, the mask [B, T] of tokens that predict a label, and those labels and positions, [L]."""
     inputs = rows.inputs(next(model.parameters()).device)
     labels = inputs.pop("labels")
-    mask = torch.zeros_like(labels, dtype=torch.bool)
-    mask[:, :-1] = labels[:, 1:] != IGNORE
-    after = mask.roll(1, dims=1)
+    after = rows.predicted().to(labels.device)
+    mask = after if rows.masked else after.roll(-1, dims=1)
     positions = inputs["position_ids"][after]
     return packed_inputs(language_model(model).config, inputs), mask, labels[after], positions
 
@@ -72,7 +69,7 @@ class TeacherReference:
         self.rows = rows
         self.states: list[Tensor] = []
         head = output_embedding(model)
-        self.head: nn.Linear | None = None
+        self.head: nn.Module | None = None
         self.config = copy.copy(language_model(model).config)
         note = context_note(model, rows)
         start = time.perf_counter()
@@ -82,8 +79,8 @@ class TeacherReference:
             for index in range(len(rows)):
                 inputs, mask, targets, positions = labelled(model, rows[index : index + 1])
                 states, plain = final_states(model, inputs)
-                if index == 0 and plain and isinstance(head, nn.Linear):
-                    self.head = copy_linear(head)
+                if index == 0 and plain:
+                    self.head = copy_head(head)
                 if self.head is not None:
                     self.states.append(states[mask].cpu())
                 else:
@@ -100,7 +97,7 @@ class TeacherReference:
         if self.head is None:
             return lambda at: kept[at].float()
         head = self.head.to(device)
-        return lambda at: finish_logits(self.config, F.linear(kept[at], head.weight, head.bias)).float()
+        return lambda at: finish_logits(self.config, head(kept[at])).float()
 
 
 def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | None = None) -> Quality:

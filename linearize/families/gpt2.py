@@ -41,7 +41,8 @@ class Conv1dProjections(InterleavedProjections):
     def scaling(attention: nn.Module, config: Any) -> float:
         """Return the teacher's factor on attention scores, which some models divide by the layer's number."""
         scale = (config.hidden_size // config.num_attention_heads) ** -0.5 if config.scale_attn_weights else 1.0
-        return scale / (attention.layer_idx + 1) if config.scale_attn_by_inverse_layer_idx else scale  # type: ignore[operator]
+        layer: Any = attention.layer_idx
+        return float(scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale)
 
     @staticmethod
     def project(module: Any, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

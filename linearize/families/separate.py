@@ -35,6 +35,7 @@ class SeparateProjections:
         projections: what each of the four projections is called in the attention module. Names that are given twice
             are one fused projection.
         passes_context: the decoder hands unknown arguments on to its attention modules.
+        causal: tokens see no later ones.
         isolates_documents: the teacher's softmax keeps packed documents apart by their `position_ids`.
     """
 
@@ -42,6 +43,7 @@ class SeparateProjections:
     attention = "self_attn"
     projections = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     passes_context = True
+    causal = True
     isolates_documents = True
 
     @staticmethod
@@ -69,6 +71,11 @@ class SeparateProjections:
         """Return (H, G, D) of a teacher's attention modules; the configuration alone tells them."""
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return config.num_attention_heads, config.num_key_value_heads, int(head_dim)
+
+    @staticmethod
+    def first_position(config: Any) -> int:
+        """Return the position of a document's first token."""
+        return 0
 
     @classmethod
     def cached_heads(cls, config: Any) -> int:

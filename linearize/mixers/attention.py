@@ -46,14 +46,14 @@ class LinearizedAttention(nn.Module):
         self.context: SequenceContext | None = None
         scaling, window = family.scaling(teacher, config), family.max_window(teacher, config)
         softcap = family.softcap(teacher)
-        self.exact = ExactAttention(scaling, window, softcap) if exact else None
+        self.exact = ExactAttention(scaling, window, softcap, family.causal) if exact else None
         self.mixer: TokenMixer | None = None
         if exact < groups:
             rest = groups - exact
             shape = HeadShape(
                 rest * self.repeat, rest, self.head_dim, config.hidden_size, layer, config.num_hidden_layers
             )
-            self.mixer = TokenMixer(shape, spec, scaling, window, softcap)
+            self.mixer = TokenMixer(shape, spec, scaling, window, softcap, family.causal)
 
     def forward(
         self,

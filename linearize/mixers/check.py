@@ -23,18 +23,21 @@ PARTS: dict[str, Registry[type]] = {
 }
 
 
-def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
+def check_mixer(mixer: dict[str, Any], where: str = "mixer", causal: bool = True) -> None:
     """Check names, options, their types and values, and that the parts fit together.
 
     Args:
         mixer: the recipe's `mixer` as plain data.
         where: key to name in errors.
+        causal: the recipe's `causal`; without it the mixer must serve encoders.
 
     Raises:
         LinearizeError: a part does not exist, an option is unknown or of a wrong type or value, or parts do not fit.
     """
     found = {kind: _check_part(registry, mixer[kind], f"{where}.{kind}") for kind, registry in PARTS.items()}
     combine, window = found["combine"], mixer["window"]
+    if not causal:
+        _check_bidirectional(mixer, found, where)
     if combine.uses_window and window is None:
         raise LinearizeError(
             f"`{where}.combine: {mixer['combine']['name']}` needs a window, but `{where}.window` is null."
@@ -70,6 +73,22 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer") -> None:
         raise LinearizeError(f"`{where}.output_norm` normalizes the memory's output, and this mixer has no memory.")
     with torch.random.fork_rng(devices=[]):
         TokenMixer(HeadShape(2, 1, 64, 64), mixer, 1.0)  # parts check the values of their options as they are built
+
+
+def _check_bidirectional(mixer: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Check that a mixer has nothing that knows earlier tokens alone."""
+    if found["combine"].uses_window:
+        raise LinearizeError(
+            f"`causal: false` has no window, which looks back alone, but `{where}.combine: {mixer['combine']['name']}` "
+            f"uses one; set `{where}.combine: memory_only` and `{where}.window: null`."
+        )
+    if not getattr(found["memory"], "bidirectional", False):
+        raise LinearizeError(
+            f"`{where}.memory: {mixer['memory']['name']}` runs forward alone, and the recipe has `causal: false`; use "
+            "additive."
+        )
+    if mixer.get("conv") is not None:
+        raise LinearizeError(f"`{where}.conv` looks back alone, and the recipe has `causal: false`; drop it.")
 
 
 def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool, where: str) -> None:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.kernels.window import cap_scores
-from linearize.mixers.context import SequenceContext
+from linearize.mixers.context import SequenceContext, visible_mask
 
 Tensors = dict[str, Tensor]
 
 
 class ExactAttention(nn.Module):
-    """Causal softmax attention through PyTorch's SDPA.
+    """Softmax attention through PyTorch's SDPA, causal unless an encoder's.
 
     Its cache holds the keys and values of the current document, token t in place t: `exact_k` and `exact_v`
     [B, P, G, D], and how many places are filled, `exact_length` [B]. P grows with every call, or is `capacity`.
@@ -25,10 +25,14 @@ class ExactAttention(nn.Module):
         scaling: the teacher's factor on attention scores.
         max_window: the teacher's own sliding window, if it has one.
         softcap: the teacher's cap on attention scores, if it has one: scores then exist as [B, H, T, P].
+        causal: tokens see no later ones; without it there is no cache, window or cap.
     """
 
-    def __init__(self, scaling: float, max_window: int | None = None, softcap: float | None = None) -> None:
+    def __init__(
+        self, scaling: float, max_window: int | None = None, softcap: float | None = None, causal: bool = True
+    ) -> None:
         super().__init__()
+        self.causal = causal
         self.softcap = softcap
         self.scaling = scaling
         self.max_window = max_window
@@ -53,8 +57,11 @@ class ExactAttention(nn.Module):
             capacity: places of a static cache, or None for a growing one.
 
         Returns:
-            [B, T, H, D], 0 on padding.
+            [B, T, H, D], 0 on padding (an encoder's padding sees itself).
         """
+        if not self.causal:
+            mask = None if context.is_plain else visible_mask(context, *q.shape[:2], causal=False, device=q.device)
+            return self._attend(q, k, v, mask)
         if cache is None:
             q, k, v = (context.pack(t) for t in (q, k, v))
             return context.unpack(self._attend(q, k, v, self._new_mask(q, context)))
@@ -76,13 +83,13 @@ class ExactAttention(nn.Module):
         return context.unpack(out)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """SDPA on [B, T, heads, D]; no mask means causal."""
+        """SDPA on [B, T, heads, D]; no mask means causal, or in an encoder all tokens."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.softcap is not None:
             return self._capped(q, k, v, mask).transpose(1, 2)
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None and self.causal, scale=self.scaling, enable_gqa=grouped
         )
         return out.transpose(1, 2)
 

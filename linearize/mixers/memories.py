@@ -6,7 +6,8 @@ A memory sees a *stream*: a dict of per-token tensors [B, T, G, ...] that holds 
 a gate) and whatever else the memory computes from the layer's input in `prepare`. A token whose stream is all zero
 must leave the state as it is: that is how padding, sinks and tokens still inside a disjoint window stay out. A memory
 that has no sum of weights to divide by says `normalizes = False`; one that is stable only for keys of length 1 at most
-says `needs_unit`; one that needs a gate per channel says `needs_channels`.
+says `needs_unit`; one that needs a gate per channel says `needs_channels`. One that serves encoders, whose tokens see
+later ones as well, says `bidirectional` and has `both_ways(q, stream, starts) -> (outputs, sums of weights or None)`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.kernels.bidirectional import bidirectional_linear_attention
 from linearize.kernels.delta import gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.slots import gated_slot_attention, gated_slot_step
@@ -32,6 +34,8 @@ class AdditiveMemory(Fp32Part):
     Args:
         scale: factor on the outputs.
     """
+
+    bidirectional = True
 
     def __init__(self, shape: HeadShape, feature_dim: int, normalize: bool, *, scale: float = 1.0) -> None:
         super().__init__()
@@ -80,6 +84,18 @@ class AdditiveMemory(Fp32Part):
         if out.state_norm is not None:
             after["norm"] = out.state_norm
         return out.o, out.normalizer, after
+
+    def both_ways(self, q: Tensor, stream: Stream, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run over all tokens of an encoder, each of which sees all of its document; arguments as in `forward`."""
+        return bidirectional_linear_attention(
+            q,
+            stream["k"],
+            stream["v"],
+            stream.get("g"),
+            scale=self.scale,
+            with_normalizer=self.normalize,
+            starts=starts,
+        )
 
     def step(self, q: Tensor, stream: Stream, state: State) -> tuple[Tensor, Tensor | None]:
         """Run over one token [B, heads, ...]; `state` is updated in place."""

@@ -45,6 +45,8 @@ class TokenMixer(nn.Module):
         scaling: the teacher's factor on attention scores.
         max_window: the teacher's own sliding window; the mixer's never reaches further.
         softcap: the teacher's cap on attention scores.
+        causal: tokens see no later ones. Without it, `check_mixer` makes sure that there is a memory alone, and there
+            is no cache.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class TokenMixer(nn.Module):
         scaling: float,
         max_window: int | None = None,
         softcap: float | None = None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.softcap = softcap
         self.scaling = scaling
         self.rotary = spec["rotary"]
@@ -198,6 +202,9 @@ class TokenMixer(nn.Module):
             q_memory, stream = self._memory_inputs(context.pack(x), *sides, rotate)
             if context.lengths is not None:
                 stream = {n: t * context.real(t) for n, t in stream.items()}
+            if not self.causal:
+                memory, normalizer = self.memory.both_ways(q_memory, stream, context.starts)
+                return context.unpack(self._finish(None, memory, normalizer))
             entering, starts = stream, context.starts
             if self.delay:
                 entering, starts = self._delayed(stream, context, cache if seen is not None else None)

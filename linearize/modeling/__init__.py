@@ -2,8 +2,8 @@
 
 import linearize.families
 import linearize.mixers  # noqa: F401  (fills the registries of mixer parts)
-from linearize.modeling.classes import Classes, classes_for, register_all
+from linearize.modeling.classes import Classes, auto_class, classes_for, register_all
 
 register_all()
 
-__all__ = ["Classes", "classes_for", "register_all"]
+__all__ = ["Classes", "auto_class", "classes_for", "register_all"]

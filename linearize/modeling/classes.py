@@ -10,13 +10,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 from linearize.cache import LinearizedCache
 from linearize.errors import LinearizeError
@@ -96,6 +101,61 @@ class LinearizedBase:
             sequence_context=context,
             **kwargs,
         )
+
+
+class LinearizedEncoder:
+    """Mixed into the teacher's encoder: works out padding and documents once. There is no cache."""
+
+    _keep_in_fp32_modules_strict = FP32_MODULES
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        replace_attention(self, config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the encoder; arguments as in the teacher's class.
+
+        Documents packed into one row are told apart by `position_ids` that restart.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        batch, length = tokens.shape[:2]
+        padding = two_dimensional(attention_mask, batch, length, position_ids, causal=False)
+        context = sequence_context(batch, length, padding, position_ids, kwargs.get("cu_seq_lens_q"))
+        if len(self.config.linearize["layers"]) == self.config.num_hidden_layers:
+            attention_mask = tokens.new_zeros(1, 1, 1, 1)  # nobody reads it
+        elif context.starts is not None:
+            attention_mask = softmax_mask(self.config, visible_mask(context, batch, length, False, tokens.device))
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            sequence_context=context,
+            **kwargs,
+        )
+
+
+class LinearizedMaskedLM:
+    """Mixed into the teacher's masked language model."""
+
+    _keep_in_fp32_modules_strict = FP32_MODULES
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        replace_attention(self, config)
 
 
 class LinearizedLM:
@@ -212,13 +272,17 @@ def packed_inputs(config: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     settings = getattr(config, "linearize", None)
     model_type = settings["model_type"] if settings else config.model_type
-    if model_type not in families or families.get(model_type).isolates_documents:
+    if model_type not in families:
+        return inputs
+    family = families.get(model_type)
+    if family.isolates_documents:
         return inputs
     position_ids = inputs["position_ids"]
     batch, length = position_ids.shape
     context = sequence_context(batch, length, None, position_ids, None)
-    visible = visible_mask(context, batch, length, True, position_ids.device)
-    return {**inputs, "attention_mask": softmax_mask(config, visible)}
+    visible = visible_mask(context, batch, length, family.causal, position_ids.device)
+    position_ids = position_ids + family.first_position(config)
+    return {**inputs, "position_ids": position_ids, "attention_mask": softmax_mask(config, visible)}
 
 
 def hand_context(decoder: Any, context: Any) -> None:
@@ -236,10 +300,13 @@ def classes_for(model_type: str) -> Classes:
     """Return (made on first use) the linearized classes of the teacher's `model_type`."""
     if model_type in _CLASSES:
         return _CLASSES[model_type]
-    families.get(model_type)
+    causal = families.get(model_type).causal
     teacher_config = CONFIG_MAPPING[model_type]
-    teacher_base, teacher_lm = MODEL_MAPPING[teacher_config], MODEL_FOR_CAUSAL_LM_MAPPING[teacher_config]
-    stem = teacher_lm.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    teacher_base = MODEL_MAPPING[teacher_config]
+    teacher_lm = (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_MASKED_LM_MAPPING)[teacher_config]
+    kind = "ForCausalLM" if causal else "ForMaskedLM"
+    stem = teacher_lm.__name__.removesuffix(kind).removesuffix("LMHeadModel")
+    base_mixin, lm_mixin = (LinearizedBase, LinearizedLM) if causal else (LinearizedEncoder, LinearizedMaskedLM)
     module = {"__module__": __name__}
     config = type(
         f"Linearized{stem}Config",
@@ -251,8 +318,8 @@ def classes_for(model_type: str) -> Classes:
             "__annotations__": {"linearize": dict[str, Any] | None},
         },
     )
-    base = type(f"Linearized{stem}Model", (LinearizedBase, teacher_base), {**module, "config_class": config})
-    lm = type(f"Linearized{stem}ForCausalLM", (LinearizedLM, teacher_lm), {**module, "config_class": config})
+    base = type(f"Linearized{stem}Model", (base_mixin, teacher_base), {**module, "config_class": config})
+    lm = type(f"Linearized{stem}{kind}", (lm_mixin, teacher_lm), {**module, "config_class": config})
     _CLASSES[model_type] = Classes(config, base, lm)
     _record_hidden_states(base, teacher_base)
     # What lies in a checkpoint under other names than in the model: experts, GPT-NeoX's head.
@@ -278,12 +345,22 @@ def _record_hidden_states(base: type, teacher_base: Any) -> None:
     base._can_record_outputs = kept  # type: ignore[attr-defined]
 
 
+def auto_name(model_type: str) -> str:
+    """Return the name of transformers' Auto class that loads models of a family with their language-model head."""
+    return "AutoModelForCausalLM" if families.get(model_type).causal else "AutoModelForMaskedLM"
+
+
+def auto_class(model_type: str) -> Any:
+    """Return the Auto class that `auto_name` names."""
+    return getattr(transformers, auto_name(model_type))
+
+
 def register_all() -> None:
     """Let transformers' Auto classes load linearized models of every family."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel
 
     for model_type in families.names():
         made = classes_for(model_type)
         AutoConfig.register(made.config.model_type, made.config, exist_ok=True)  # type: ignore[attr-defined]
         AutoModel.register(made.config, made.base, exist_ok=True)
-        AutoModelForCausalLM.register(made.config, made.lm, exist_ok=True)
+        auto_class(model_type).register(made.config, made.lm, exist_ok=True)

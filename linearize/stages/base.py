@@ -78,6 +78,10 @@ class StageRunner(ABC):
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
         """Add a micro-batch's gradients; return its losses, already multiplied by its share of the batch."""
 
+    def batch(self, rows: PackedRows) -> PackedRows:
+        """Return the rows of a step as the stage trains on them."""
+        return rows
+
     @abstractmethod
     def held_out_loss(self, rows: PackedRows) -> float:
         """Return the stage's loss on rows without training on them."""
@@ -141,7 +145,7 @@ def train(runner: StageRunner, name: str) -> dict[str, float]:
             began = time.monotonic()
             torch.manual_seed(seed + progress.step)
             progress.schedule(steps)
-            losses = _accumulate(runner, next(source), settings.micro_batch or settings.batch)
+            losses = _accumulate(runner, runner.batch(next(source)), settings.micro_batch or settings.batch)
             norm = _clip(groups, settings.optimizer.clip)
             if not math.isfinite(losses["loss"]) or not math.isfinite(norm):
                 raise LinearizeError(
@@ -251,7 +255,7 @@ def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, 
 
 def _micro_batches(rows: PackedRows, micro: int) -> Iterator[tuple[PackedRows, float]]:
     """Parts of a batch with their shares of its labelled tokens."""
-    labelled = (rows.labels[:, 1:] != -100).sum(1).double()
+    labelled = rows.predicted().sum(1).double()
     for start in range(0, len(rows), micro):
         yield rows[start : start + micro], float(labelled[start : start + micro].sum() / labelled.sum())
 

@@ -45,7 +45,7 @@ class DistillRunner(FinetuneRunner):
     def _reference(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor:
         """The teacher's last hidden states of the chosen tokens [N, hidden]."""
         with self._teacher(), self.run.precision():
-            states: Tensor = self._states(inputs)[:, :-1][chosen]
+            states: Tensor = self._states(inputs)[chosen]
         return states
 
     def _loss(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
@@ -70,13 +70,12 @@ class DistillRunner(FinetuneRunner):
         """Return the mean loss of the rows, each row with the same weight."""
         total = 0.0
         for index in range(len(rows)):
-            inputs = rows[index : index + 1].inputs(self.run.device)
-            targets = inputs["labels"][:, 1:]
-            chosen = targets != -100
-            targets = targets[chosen]
+            row = rows[index : index + 1]
+            inputs = row.inputs(self.run.device)
+            chosen, targets = self._predictions(row, inputs)
             reference = self._reference(inputs, chosen)
             with self.run.precision():
-                states = self._states(inputs)[:, :-1][chosen]
+                states = self._states(inputs)[chosen]
             for begin in range(0, len(targets), finetune.TOKENS_PER_CHUNK):
                 part = slice(begin, begin + finetune.TOKENS_PER_CHUNK)
                 with self.run.precision():

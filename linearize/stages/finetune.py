@@ -1,4 +1,7 @@
-"""Fine-tuning on next-token cross-entropy: LoRA adapters, merged at the end, or all parameters."""
+"""Fine-tuning: LoRA adapters, merged at the end, or all parameters.
+
+The loss is the cross-entropy of the next token, or in an encoder that of masked tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.data import PackedRows
+from linearize.data.masking import mask_rows
 from linearize.errors import LinearizeError
 from linearize.modeling.classes import packed_inputs
 from linearize.modeling.heads import logits_of
@@ -64,16 +68,24 @@ class FinetuneRunner(StageRunner):
             loss = loss + self.settings.z_loss * logits.logsumexp(-1).square().sum()
         return loss
 
+    def batch(self, rows: PackedRows) -> PackedRows:
+        """Mask an encoder's rows, anew at every step."""
+        masking = self.run.corpus.masking
+        return rows if masking is None else mask_rows(rows, masking, int(torch.randint(2**31, ())))
+
+    def _predictions(self, rows: PackedRows, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Which final states predict a label, [B, T] bool, and those labels, [N]."""
+        asked = rows.predicted().to(self.run.device)
+        return asked if rows.masked else asked.roll(-1, 1), inputs["labels"][asked]
+
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
         """Add gradients of the mean loss over the labels; logits exist only a chunk of tokens at a time."""
         inputs = rows.inputs(self.run.device)
-        targets = inputs["labels"][:, 1:]
-        chosen = targets != -100
-        targets = targets[chosen]
+        chosen, targets = self._predictions(rows, inputs)
         reference = self._reference(inputs, chosen)
         with self.run.precision():
             states = self._states(inputs)
-        wanted = states[:, :-1][chosen]
+        wanted = states[chosen]
         leaf = wanted.detach().requires_grad_()
         total = 0.0
         for begin in range(0, len(targets), TOKENS_PER_CHUNK):
@@ -92,10 +104,12 @@ class FinetuneRunner(StageRunner):
         """Return the mean cross-entropy of the rows, each row with the same weight."""
         losses = []
         for index in range(len(rows)):
-            inputs = rows[index : index + 1].inputs(self.run.device)
+            row = rows[index : index + 1]
+            inputs = row.inputs(self.run.device)
+            chosen, targets = self._predictions(row, inputs)
             with self.run.precision():
-                logits = logits_of(self.run.model, self._states(inputs)[:, :-1])
-            losses.append(F.cross_entropy(logits.float().flatten(0, 1), inputs["labels"][:, 1:].flatten()))
+                logits = logits_of(self.run.model, self._states(inputs)[chosen])
+            losses.append(F.cross_entropy(logits.float(), targets))
         return float(torch.stack(losses).mean())
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from linearize.api import load
 from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import sequence_context, visible_mask
-from linearize.modeling.classes import family_of
+from linearize.modeling.classes import auto_name, family_of
 from linearize.modeling.export import save_checkpoint
 from linearize.modeling.heads import logits_of
 from linearize.registry import families
@@ -73,12 +73,15 @@ def builds(family, changes):
     return all(key in known or key in (known.get("rope_parameters") or {}) for key in needed)
 
 
-CASES = [
+ALL_CASES = [
     pytest.param(family, changes, id=f"{family}-{name}")
     for family in families.names()
     for name, changes in VARIANTS.items()
     if builds(family, changes)
 ]
+CASES = [case for case in ALL_CASES if families.get(case.values[0]).causal]
+DECODERS = [name for name in families.names() if families.get(name).causal]
+ENCODERS = [name for name in families.names() if name not in DECODERS]
 IDS = torch.randint(1, 61, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -119,7 +122,7 @@ def logits(model, ids=IDS, **kwargs):
         return model(ids, **kwargs).logits
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize(("family", "changes"), ALL_CASES)
 @pytest.mark.parametrize("exact", [[], [(0, 0), (1, -1)]], ids=["", "exact heads"])
 def test_undo_restores_the_teacher_to_the_bit(teacher, make_mixer, family, changes, exact):
     model = teacher(family, changes)
@@ -127,6 +130,8 @@ def test_undo_restores_the_teacher_to_the_bit(teacher, make_mixer, family, chang
     before, weights, classes = logits(model), copy.deepcopy(model.state_dict()), (type(model), type(model.config))
     config = model.config.to_dict()
     mixer = make_mixer(feature_map="softmax", gate="key", window={"size": 4, "sinks": 1}, combine="average")
+    if family in ENCODERS:
+        mixer |= make_mixer(feature_map="softmax", gate="key", window=None, combine="memory_only")
     surgery = convert(model, mixer, [0, 1], exact_heads=[(layer, head % (last + 1)) for layer, head in exact])
     assert all(isinstance(attention, LinearizedAttention) for attention in attentions(model))
     if exact and last == 0:  # the layers' only KV head stays exact
@@ -166,7 +171,7 @@ def test_exact_heads_give_the_teachers_logits_in_prefill_and_decode(teacher, mak
     torch.testing.assert_close(torch.cat(outputs, 1), before, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("family", DECODERS)
 def test_one_converted_layer_beside_a_softmax_layer(teacher, make_mixer, family):
     """A layer that keeps softmax and one that does not share one cache, one mask and one batch with padding."""
     model = teacher(family, {})
@@ -194,7 +199,7 @@ def test_one_converted_layer_beside_a_softmax_layer(teacher, make_mixer, family)
     torch.testing.assert_close(decoded[1, 6:], full[1, 6:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("family", DECODERS)
 def test_packed_documents_stay_apart_in_a_model_with_a_softmax_layer(teacher, make_mixer, family):
     model = teacher(family, {})
     convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), layers=[0])
@@ -226,7 +231,7 @@ def test_a_window_in_the_configuration_of_a_family_without_one_is_not_read(rando
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "changes"), CASES)
+@pytest.mark.parametrize(("family", "changes"), ALL_CASES)
 def test_finetuning_sees_the_models_own_logits(teacher, family, changes):
     model = teacher(family, changes)
     with torch.no_grad():
@@ -249,16 +254,17 @@ def test_a_converted_mixture_of_experts_returns_its_router_logits(teacher, make_
 )
 def test_a_checkpoint_loads_with_and_without_the_package(teacher, make_mixer, tmp_path, family):
     teacher(family, {}).save_pretrained(tmp_path / "teacher")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").eval()
-    convert(model, make_mixer(feature_map="softmax", gate="key", window={"size": 5}), [0, 1], [(0, 1)])
+    model = linearize.modeling.auto_class(family).from_pretrained(tmp_path / "teacher").eval()
+    parts = {"window": {"size": 5}} if family in DECODERS else {"window": None, "combine": "memory_only"}
+    convert(model, make_mixer(feature_map="softmax", gate="key", **parts), [0, 1], [(0, 1)])
     save_checkpoint(model, None, tmp_path)
     torch.save(logits(model), tmp_path / "logits.pt")
     assert torch.equal(logits(load(tmp_path)), logits(model))
     code = (
         "import sys, torch; sys.modules['linearize'] = None\n"
-        "from transformers import AutoModelForCausalLM\n"
+        f"from transformers import {auto_name(family)} as Auto\n"
         "torch.set_num_threads(1)\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()\n"
+        f"model = Auto.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()\n"
         f"expected = torch.load({str(tmp_path / 'logits.pt')!r})\n"
         f"print(torch.equal(model(torch.tensor({IDS.tolist()})).logits, expected))\n"
     )
@@ -291,6 +297,7 @@ def test_a_mistake_is_explained_and_leaves_the_teacher_as_it_was(random_teacher,
 
 
 REFUSED = {
+    "bert": ({"is_decoder": True}, "set up as a decoder"),
     "gpt2": ({"add_cross_attention": True}, "cross attention"),
     "falcon": ({"alibi": True}, "ALiBi"),
     "gemma3_text": ({"use_bidirectional_attention": True}, "both directions"),

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from linearize.data import Corpus, PackedRows
+from linearize.data.masking import Masking, mask_rows
 from linearize.errors import LinearizeError
+from linearize.modeling.classes import packed_inputs
 from linearize.recipe import Distill, Finetune, Lora, Mixer, Optimizer, Recipe, Stage, Transfer
 from linearize.stages import Run, run_stage
 from linearize.stages.base import learning_rate
@@ -43,6 +45,7 @@ LIGER = Mixer(
     window={"size": 8, "sinks": 2},
     combine={"name": "learned"},
 )
+ENCODER = Mixer(feature_map={"name": "hedgehog"}, window=None, combine={"name": "memory_only"}, normalize=True)
 FAST = Optimizer(lr=1e-2, warmup=0.0, schedule="constant")
 
 
@@ -92,6 +95,35 @@ def test_transfer_trains_each_layer_as_if_it_were_alone(make_run, corpus) -> Non
         for name, grad in zip(mixers, wanted, strict=True):
             torch.testing.assert_close(got[f"layers.{index}.mixer.{name}"], grad, rtol=1e-4, atol=1e-7)
     assert teacher_side.layers[0].self_attn is runner.layers[0].student
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_an_encoder_learns_masked_tokens_and_nothing_but_them(make_run, corpus, family) -> None:
+    masking = Masking(token=59, vocabulary=59)
+    held_out = mask_rows(corpus.held_out, masking, 0)
+    run = make_run(ENCODER, family=family)
+    run.corpus = Corpus(corpus.train, held_out, "", "", {"masking": {"token": 59, "vocabulary": 59}})
+    runner = FinetuneRunner(Finetune(train_mixer=True), run)
+    torch.manual_seed(0)
+    rows = runner.batch(corpus.train[:4])
+    assert rows.masked and not torch.equal(rows.input_ids, runner.batch(corpus.train[:4]).input_ids)
+    runner.prepare()
+    run.model.eval()  # no dropout
+    loss = runner.backward(rows, 1.0)["loss"]
+    inputs = packed_inputs(run.model.config, {k: v for k, v in rows.inputs().items() if k != "labels"})
+    with torch.no_grad():
+        logits = run.model(**inputs).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.labels.long().flatten())
+    assert loss == pytest.approx(float(wanted), rel=1e-4)
+    runner.finish()
+    losses = []
+    run = make_run(ENCODER, family=family)
+    run.corpus = Corpus(corpus.train, held_out, "", "", {"masking": {"token": 59, "vocabulary": 59}})
+    run.progress = lambda record: losses.append(record["loss"])
+    run_stage(Transfer(tokens=48 * 2 * 20, batch=2, optimizer=FAST), run, "transfer")
+    assert sum(losses[-4:]) < 0.98 * sum(losses[:4])
+    run_stage(Finetune(tokens=48 * 8 * 30, batch=8, train="full", optimizer=FAST), run, "finetune")
+    assert sum(losses[-4:]) < 0.9 * sum(losses[20:24])
 
 
 def gradients(runner_class, settings, run, rows: PackedRows, micro: int) -> dict[str, torch.Tensor]:
@@ -335,8 +367,8 @@ def test_a_stage_that_is_loaded_again_leaves_the_teacher_as_it_was(make_run, cor
     references = []
     for run in runs:
         run_stage(first, run, "finetune")
-        inputs = corpus.train[:1].inputs()
-        references.append(DistillRunner(Distill(), run)._reference(inputs, inputs["labels"][:, 1:] != -100))
+        runner, row = DistillRunner(Distill(), run), corpus.train[:1]
+        references.append(runner._reference(row.inputs(), runner._predictions(row, row.inputs())[0]))
     assert torch.equal(*references)
     with torch.no_grad():
         students = [run.model(corpus.train.input_ids[:1].long()).logits for run in runs]

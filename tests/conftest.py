@@ -49,8 +49,8 @@ def build_config(family: str = "llama", **changes: object) -> object:
     return CONFIG_MAPPING[family](**settings)
 
 
-def build_tokenizer() -> object:
-    """A byte-level tokenizer: one token a byte, four special ones first."""
+def build_tokenizer(mask: bool = False) -> object:
+    """A byte-level tokenizer: one token a byte, four special ones first, an encoder's mask last."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -58,9 +58,10 @@ def build_tokenizer() -> object:
     tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if mask:
+        special["mask_token"] = "<mask>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
@@ -73,7 +74,7 @@ def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes:
         torch.manual_seed(seed)
         model = auto_class(family).from_config(build_config(family, **changes))
     model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    build_tokenizer(mask=auto_class(family).__name__ == "AutoModelForMaskedLM").save_pretrained(folder)
     return folder
 
 

@@ -102,6 +102,7 @@ def run_stages(random_teacher, folder, recipe: str, family: str) -> None:
     corpus = Corpus(rows, rows[:1], "", "", masking)
     run = Run(model, surgery, corpus, folder / "stages", 0, torch.device("cpu"), metrics=folder / "metrics.jsonl")
     for index, stage in enumerate(chosen.stages):
+        assert stage.steps(LENGTH) == 2
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         run_stage(stage, run, f"{stage.stage}-{index}")
         after = model.state_dict()

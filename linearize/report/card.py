@@ -27,6 +27,11 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```
 """
+FILLING = """inputs = tokenizer(f"The capital of France is {{tokenizer.mask_token}}.", return_tensors="pt")
+print(tokenizer.decode(model(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id].argmax(-1)))
+```
+"""
+LOADING_ENCODER = LOADING.replace("AutoModelForCausalLM", "AutoModelForMaskedLM").partition("inputs = ")[0] + FILLING
 
 LIMITS = """## Limits
 
@@ -48,10 +53,11 @@ def model_card(results: Results, *, base_model: str | None = None, license: str 
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if results.get("cache") else "fill-mask",
         license=license,
         tags=[tag for tag in ("linearize", "linear-attention", "hybrid", f"recipe:{recipe}" if recipe else "") if tag],
     )
+    encoder = not results.get("cache")
     name = f"{model.rstrip('/').rsplit('/', 1)[-1]}-{recipe}" if recipe else model
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{model}`"
     parts = [
@@ -62,7 +68,7 @@ def model_card(results: Results, *, base_model: str | None = None, license: str 
         quality_part(results),
         cache_part(results),
         sample_part(results),
-        LOADING.format(place=name).strip(),
+        (LOADING_ENCODER if encoder else LOADING).format(place=name).strip(),
         limits_part(results),
         recipe_part(results),
     ]

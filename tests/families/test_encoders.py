@@ -1,8 +1,12 @@
 """Encoders: exact heads give the teacher's logits, padding and other documents are invisible, and nothing is causal."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from linearize.api import evaluate_folder, generate_text, linearize, load
 from linearize.errors import LinearizeError
 from linearize.mixers.mixer import TokenMixer
 from linearize.modeling.classes import packed_inputs
@@ -98,6 +102,35 @@ def test_a_mask_that_does_not_fit_the_positions_is_refused(encoder):
     positions = torch.arange(20)[None].expand(2, -1)
     with pytest.raises(ValueError, match="mask"):
         logits(model, position_ids=positions, attention_mask=torch.eye(20).bool().expand(2, 1, -1, -1))
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("bert", "hedgehog-encoder"), ("roberta", "lion")])
+def test_a_run_leaves_a_masked_language_model_that_loads_anywhere(make_teacher, tmp_path, family, recipe):
+    teacher, folder = make_teacher(family=family), tmp_path / "out"
+    settings = ["data.length=64", "data.held_out=4"]
+    result = linearize(str(teacher), recipe, folder, quick=True, tokens=2000, overrides=settings)
+    rows = {row["name"]: row for row in result.results["rows"]}
+    assert list(rows) == ["teacher", "after surgery", "after transfer", "after finetune"]
+    assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-5) and rows["after surgery"]["kl"] > 0
+    assert result.results["cache"] == []
+    again = evaluate_folder(folder, against=str(teacher))["rows"]
+    for name, row in zip(("teacher", "after finetune"), again, strict=True):
+        assert row["perplexity"] == pytest.approx(rows[name]["perplexity"], rel=1e-4)
+    with pytest.raises(LinearizeError, match="fills masks"):
+        next(generate_text(folder, "One"))
+    text = (folder / "README.md").read_text()
+    assert "AutoModelForMaskedLM" in text and "fill-mask" in text and "generate(" not in text
+    torch.save(logits(load(folder).eval(), IDS), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch; sys.modules['linearize'] = None\n"
+        "from transformers import AutoModelForMaskedLM\n"
+        "torch.set_num_threads(1)\n"
+        f"model = AutoModelForMaskedLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
+        f"expected = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        f"print(torch.equal(model(torch.tensor({IDS.tolist()})).logits, expected))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 MISTAKES = {

@@ -28,6 +28,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "short_factor": [1.0, 1.1, 1.5, 2.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 64,
+}
 VARIANTS = {
     "plain": {},
     "decoupled head dim": {"head_dim": 80},
@@ -35,6 +43,7 @@ VARIANTS = {
     "one KV head": {"heads": (6, 1)},
     "biases": {"attention_bias": True},
     "llama3 rotary": {"rope_parameters": LLAMA3_ROPE},
+    "long rotary": {"head_dim": 8, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64},
     "tied embeddings": {"tie_word_embeddings": True},
     "sliding window": {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
     "eager": {"attn_implementation": "eager"},

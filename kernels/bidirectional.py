@@ -73,7 +73,8 @@ def bidirectional_linear_attention(
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
     """[B, T, H, D] -> [B, T, G, R, D]"""
-    return x.unflatten(2, (k.shape[2], -1))
+    grouped: Tensor = x.unflatten(2, (k.shape[2], -1))
+    return grouped
 
 
 def _undecayed(q: Tensor, k: Tensor, v: Tensor, scale: float, with_normalizer: bool) -> tuple[Tensor, Tensor | None]:

@@ -92,7 +92,8 @@ def pack(documents: Sequence[Encoded], length: int) -> PackedRows:
     positions = np.minimum(positions.reshape(shape), np.arange(length, dtype=np.int32))
     labels = np.where(positions == 0, np.int32(IGNORE), labels.reshape(shape))
     useful = (labels != IGNORE).any(axis=1)
-    return PackedRows(*(torch.from_numpy(array[useful]) for array in (ids.reshape(shape), positions, labels)))
+    tensors = [torch.from_numpy(array[useful]) for array in (ids.reshape(shape), positions, labels)]
+    return PackedRows(tensors[0], tensors[1], tensors[2])
 
 
 def batches(rows: PackedRows, batch: int, seed: int, start_step: int = 0) -> Iterator[PackedRows]:

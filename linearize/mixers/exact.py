@@ -60,7 +60,7 @@ class ExactAttention(nn.Module):
             [B, T, H, D], 0 on padding (an encoder's padding sees itself).
         """
         if not self.causal:
-            mask = None if context.is_plain else visible_mask(context, *q.shape[:2], causal=False, device=q.device)
+            mask = None if context.is_plain else visible_mask(context, q.shape[0], q.shape[1], False, q.device)
             return self._attend(q, k, v, mask)
         if cache is None:
             q, k, v = (context.pack(t) for t in (q, k, v))

@@ -43,7 +43,7 @@ def bidirectional_linear_attention(
     Returns:
         Outputs [B, T, H, V] in q's dtype, and sums of weights [B, T, H] in fp32 or None.
     """
-    if select("gated_linear", q) == "reference":
+    if select("bidirectional", q) == "reference":
         from linearize.kernels.reference import bidirectional_reference
 
         o, normalizer = bidirectional_reference(q, k, v, log_decay, scale=scale, starts=starts)

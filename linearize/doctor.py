@@ -48,6 +48,12 @@ def _gated_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return gated_linear_attention(q.softmax(-1), k.softmax(-1), v, _decay(k)).o
 
 
+def _bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.bidirectional import bidirectional_linear_attention
+
+    return bidirectional_linear_attention(q.softmax(-1), k.softmax(-1), v, _decay(k))[0]
+
+
 def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from linearize.kernels.window import window_attention
 
@@ -77,6 +83,7 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Each op as a model calls it, and the op whose reference it must agree with.
 OPS: dict[str, tuple[Run, Run]] = {
     "gated_linear": (_gated_linear, _gated_linear),
+    "bidirectional": (_bidirectional, _bidirectional),
     "window": (_window, _window),
     "delta": (_delta, _delta),
     "step": (_step, _gated_linear),

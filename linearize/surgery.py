@@ -113,8 +113,8 @@ def convert(
     if getattr(config, "linearize", None):
         raise LinearizeError("This model is linearized already; convert its teacher instead.")
     family = families.get(config.model_type)
-    check_mixer(mixer, causal=family.causal)
     family.check(config)
+    check_mixer(mixer, causal=family.causal)
     decoder = model.get_decoder()
     count, groups = config.num_hidden_layers, family.heads(None, config)[1]
     chosen = family.convertible(config) if layers is None else sorted(set(layers))

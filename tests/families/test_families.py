@@ -347,6 +347,6 @@ def test_a_converted_model_is_not_converted_again(random_teacher, make_mixer):
 def test_a_family_that_is_not_registered_is_named(random_teacher, make_mixer):
     from transformers import OPTConfig
 
-    model = AutoModelForCausalLM.from_config(OPTConfig(num_hidden_layers=1, vocab_size=11, hidden_size=16, ffn_dim=8))
+    model = AutoModelForCausalLM.from_config(OPTConfig(num_hidden_layers=1, vocab_size=11, hidden_size=24, ffn_dim=8))
     with pytest.raises(LinearizeError, match="opt"):
         convert(model, make_mixer())

@@ -81,7 +81,7 @@ EXACT = [(0, 1), (1, 0)]
 def make_student(random_teacher):
     def make(mixer=LIGER, family="llama", exact_heads=EXACT, **changes):
         model = random_teacher(family, **changes)
-        convert(model, mixer, exact_heads=exact_heads)
+        convert(model, mixer, list(range(model.config.num_hidden_layers)), exact_heads)
         return model
 
     return make
@@ -104,16 +104,18 @@ def import_file(path, monkeypatch):
 
 @pytest.mark.parametrize("family", families.names())
 def test_a_checkpoint_loads_as_the_model_that_was_saved(make_student, tmp_path, family):
-    model = make_student(family=family, tie_word_embeddings=family == "qwen2")
+    mixer = LIGER if families.get(family).causal else recipe_mixer("lion")
+    tied = {"tie_word_embeddings": True} if family == "qwen2" else {}
+    model = make_student(mixer, family, **tied)
     save_checkpoint(model, None, tmp_path)
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = linearize.modeling.auto_class(family).from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is linearize.modeling.classes_for(family).lm
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits(loaded), logits(model))
     assert AutoConfig.from_pretrained(tmp_path).linearize == model.config.linearize
     decoder = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(decoder(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+        assert torch.equal(decoder(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
 
 
 def test_parameters_keep_the_teachers_names(random_teacher, make_student):

@@ -44,6 +44,12 @@ VARIANTS = {
     "biases": {"attention_bias": True},
     "llama3 rotary": {"rope_parameters": LLAMA3_ROPE},
     "long rotary": {"head_dim": 8, "rope_parameters": LONG_ROPE, "original_max_position_embeddings": 64},
+    "a rotary embedding for each kind of layer": {
+        "rope_parameters": {
+            "full_attention": LLAMA3_ROPE,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "tied embeddings": {"tie_word_embeddings": True},
     "sliding window": {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
     "eager": {"attn_implementation": "eager"},
@@ -70,6 +76,8 @@ def builds(family, changes):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if family == "phi3" and changes.get("rope_parameters", {}).get("rope_type") == "llama3":  # it knows LongRoPE alone
+        return False
+    if "rope_parameters" in changes and ("full_attention" in changes["rope_parameters"]) != (family == "gemma3_text"):
         return False
     if family == "falcon" and "partial_rotary_factor" in changes:  # it turns whole heads
         return False

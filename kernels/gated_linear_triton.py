@@ -795,7 +795,7 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-class _Call:
+class Call:
     """Shapes, strides and compile-time constants that the launches of one call share."""
 
     def __init__(
@@ -962,7 +962,7 @@ def _run_forward(
     scale: float,
     with_normalizer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, log_decay, starts, initial_state, initial_norm, scale, with_normalizer)
+    call = Call(q, k, v, log_decay, starts, initial_state, initial_norm, scale, with_normalizer)
     launches, outputs = call.forward()
     if is_new(q, call.key):
         later = call.backward(outputs[0], outputs[1], None, None)[0] if q.requires_grad else []
@@ -986,7 +986,7 @@ def _run_backward(
     scale: float,
     with_normalizer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, log_decay, starts, initial_state, initial_norm, scale, with_normalizer)
+    call = Call(q, k, v, log_decay, starts, initial_state, initial_norm, scale, with_normalizer)
     do = v.new_zeros((*q.shape[:3], v.shape[-1])) if do is None else do.contiguous()
     if with_normalizer:
         d_sums = q.new_zeros(q.shape[:3], dtype=torch.float32) if d_sums is None else d_sums.contiguous()
@@ -996,9 +996,12 @@ def _run_backward(
     if is_new(q, key):
         compile_all(launches)
     run(launches, key)
-    if log_decay is not None and log_decay.dim() == 3:
-        dg = dg.sum(0).to(log_decay.dtype)
-    return dq, dk, dv, dg, ds_0, dz_0
+    return dq, dk, dv, gate_grad(dg, log_decay), ds_0, dz_0
+
+
+def gate_grad(dg: Tensor, log_decay: Tensor | None) -> Tensor:
+    """The gradient of the gates from what `Call.backward` left, in parts for one gate a token."""
+    return dg.sum(0).to(log_decay.dtype) if log_decay is not None and log_decay.dim() == 3 else dg
 
 
 _forward = torch.library.custom_op("linearize::gated_linear", _run_forward, mutates_args=())

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from linearize.kernels.backend import select
-from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
-from linearize.kernels.window import window_attention, window_step
+from linearize.kernels.gated_linear import _check_shapes, gated_linear_attention, gated_linear_step, starts_of
+from linearize.kernels.window import check_window, window_attention, window_step
 
 
 class HybridOutput(NamedTuple):
@@ -54,6 +54,7 @@ def hybrid_attention(
     memory_scale: float = 1.0,
     with_normalizer: bool = False,
     starts: Tensor | None = None,
+    memory_starts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     initial_norm: Tensor | None = None,
@@ -74,6 +75,7 @@ def hybrid_attention(
         memory_scale: factor on the memory's outputs and normalizer.
         with_normalizer: also return the memory's normalizer.
         starts: int [B, T], first visible token of each token, as in `gated_linear_attention`.
+        memory_starts: the same for the memory where it differs, as where the memory lags behind the window.
         cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
         initial_state: [B, G, K', V] in fp32.
         initial_norm: [B, G, K'] in fp32.
@@ -84,20 +86,36 @@ def hybrid_attention(
     Raises:
         ValueError: shapes do not fit together.
     """
+    keys = k if memory_k is None else memory_k
+    if select("hybrid", q) == "triton" and v.dtype == q.dtype == keys.dtype:
+        from linearize.kernels.hybrid_triton import hybrid_triton, supported
+
+        if supported(q.dtype, keys.shape[-1], v.shape[-1]):
+            check_window(q, k, v, window)
+            _check_shapes(q if memory_q is None else memory_q, keys, v if memory_v is None else memory_v, log_decay)
+            if cu_seqlens is not None:
+                starts = starts_of(starts, cu_seqlens, q)
+            near_o, lse, row_max, *far = hybrid_triton(
+                q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
+                window, sinks, q.shape[-1] ** -0.5 if scale is None else scale, memory_scale, with_normalizer,
+            )  # fmt: skip
+            return HybridOutput(near_o, lse, row_max, *far)
     near = window_attention(q, k, v, window=window, sinks=sinks, scale=scale, starts=starts, cu_seqlens=cu_seqlens)
-    far = gated_linear_attention(
+    far_out = gated_linear_attention(
         q if memory_q is None else memory_q,
-        k if memory_k is None else memory_k,
+        keys,
         v if memory_v is None else memory_v,
         log_decay,
         scale=memory_scale,
         with_normalizer=with_normalizer,
-        starts=starts,
-        cu_seqlens=cu_seqlens,
+        starts=starts if memory_starts is None else memory_starts,
+        cu_seqlens=cu_seqlens if memory_starts is None else None,
         initial_state=initial_state,
         initial_norm=initial_norm,
     )
-    return HybridOutput(near.o, near.lse, near.row_max, far.o, far.normalizer, far.state, far.state_norm)
+    return HybridOutput(
+        near.o, near.lse, near.row_max, far_out.o, far_out.normalizer, far_out.state, far_out.state_norm
+    )
 
 
 def hybrid_step(

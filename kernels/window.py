@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels.backend import select
-from linearize.kernels.gated_linear import starts_from_cu_seqlens
+from linearize.kernels.gated_linear import starts_of
 
 BLOCK = 64
 
@@ -63,19 +63,9 @@ def window_attention(
     Raises:
         ValueError: shapes do not fit, or `window` is below 1.
     """
-    batch, length, heads, key_dim = q.shape
-    if k.shape[:2] != (batch, length) or v.shape[:3] != k.shape[:3] or k.shape[-1] != key_dim or heads % k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected q [B, T, H, K], "
-            "k [B, T, G, K], v [B, T, G, V] with H a multiple of G."
-        )
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}.")
-    scale = key_dim**-0.5 if scale is None else scale
-    if cu_seqlens is not None:
-        if starts is not None or batch != 1:
-            raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {batch}.")
-        starts = starts_from_cu_seqlens(cu_seqlens, length)
+    check_window(q, k, v, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    starts = starts_of(starts, cu_seqlens, q)
     backend = select("window", q)
     if backend == "triton":
         from linearize.kernels.window_triton import window_triton
@@ -87,6 +77,18 @@ def window_attention(
         o, lse, row_max = window_reference(q, k, v, window=window, sinks=sinks, scale=scale, starts=starts)
         return WindowOutput(o.to(q.dtype), lse.float(), row_max.float())
     return _blocked(q, k, v, window, sinks, scale, starts)
+
+
+def check_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
+    """Raise ValueError where shapes do not fit or `window` is below 1."""
+    batch, length, heads, key_dim = q.shape
+    if k.shape[:2] != (batch, length) or v.shape[:3] != k.shape[:3] or k.shape[-1] != key_dim or heads % k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected q [B, T, H, K], "
+            "k [B, T, G, K], v [B, T, G, V] with H a multiple of G."
+        )
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}.")
 
 
 def window_step(

@@ -136,6 +136,42 @@ def window_errors(dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V:
     return compare(["q", "k", "v"], run, truth, tensors)
 
 
+def hybrid_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, apart: bool = False,
+                  packed: bool = False, device: str = "cuda") -> dict[str, float]:  # fmt: skip
+    """Errors of window and memory in one op; `apart` gives the memory tensors and starts of its own."""
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    g = gates(gate, (B, T, G, K), device)
+    g = g if g is None or gate == "fixed" else g.to(dtype)
+    own = [new(B, T, H, K), new(B, T, G, K), new(B, T, G, V)] if apart else [None] * 3
+    tensors = [new(B, T, H, K), new(B, T, G, K), new(B, T, G, V), *own, g, torch.randn(B, G, K, V, device=device)]
+    starts = documents(B, T, device) if packed else None
+    late = None if starts is None or not apart else torch.where(starts < 0, starts, starts + 20)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mq: Tensor | None, mk: Tensor | None, mv: Tensor | None,
+            g: Tensor | None, s: Tensor) -> list[Tensor]:  # fmt: skip
+        out = hybrid_attention(
+            q, k, v, g, window=20, sinks=3, memory_q=mq, memory_k=mk, memory_v=mv, memory_scale=0.5, starts=starts,
+            memory_starts=late, initial_state=s, with_normalizer=True,
+        )  # fmt: skip
+        assert out.normalizer is not None
+        return [out.window, out.lse, out.memory, out.normalizer, out.state]
+
+    def truth(q: Tensor, k: Tensor, v: Tensor, mq: Tensor | None, mk: Tensor | None, mv: Tensor | None,
+              g: Tensor | None, s: Tensor) -> list[Tensor]:  # fmt: skip
+        near, lse, _ = reference.window_reference(q, k, v, window=20, sinks=3, starts=starts)
+        mq, mk, mv = (x if y is None else y for x, y in ((q, mq), (k, mk), (v, mv)))
+        far = reference.gated_linear_reference(
+            mq, mk, mv, g, scale=0.5, starts=starts if late is None else late, initial_state=s
+        )
+        return [near, lse, *far[:3]]
+
+    names = ["q", "k", "v", "memory_q", "memory_k", "memory_v", "g", "state"]
+    return compare(names, run, truth, tensors)
+
+
 def delta_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, packed: bool = False,
                  top: float = 1.0, device: str = "cuda") -> dict[str, float]:  # fmt: skip
     """Errors of the gated delta rule."""
@@ -166,6 +202,9 @@ def agreement_errors(op: str) -> dict[str, float]:
     def run() -> Tensor:
         if op == "window":
             return window_attention(q, k, v, window=64, sinks=4).o
+        if op == "hybrid":
+            out = hybrid_attention(q, k, v, g, window=64, sinks=4)
+            return torch.cat([out.window, out.memory], -1)
         return gated_linear_attention(q, k, v, g).o
 
     do = torch.randn_like(run())
@@ -199,7 +238,11 @@ def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str
             shape = (2, 300, 8, 2, dim, dim)
             run = partial(window_errors, dtype, *shape, window, sinks, packed=packed)
             yield f"window {window}+{sinks} {shape}", dtype, run
-    for op in ("linear", "window"):
+        for dim, (apart, packed) in itertools.product(dims, itertools.product((False, True), repeat=2)):
+            shape = (2, 150, 8, 2, dim, dim)
+            run = partial(hybrid_errors, "vector", dtype, *shape, apart=apart, packed=packed)
+            yield f"hybrid apart={apart} packed={packed} {shape}", dtype, run
+    for op in ("linear", "window", "hybrid"):
         yield f"agreement {op}", torch.bfloat16, partial(agreement_errors, op)
 
 

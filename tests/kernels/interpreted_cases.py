@@ -17,7 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from bench_kernels import BOUNDS, GATES, linear_errors, relative, window_errors
+from bench_kernels import BOUNDS, GATES, hybrid_errors, linear_errors, relative, window_errors
 
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
@@ -66,6 +66,11 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize(("window", "sinks", "packed"), [(16, 0, False), (16, 3, True), (33, 5, True), (1, 40, False)])
 def test_window_and_every_gradient(window: int, sinks: int, packed: bool) -> None:
     check(window_errors(torch.float32, 2, 90, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
+
+
+@pytest.mark.parametrize(("gate", "apart", "packed"), [("vector", False, True), ("scalar", True, True), ("none", True, False)])
+def test_both_branches_in_one_op_and_every_gradient(gate: str, apart: bool, packed: bool) -> None:
+    check(hybrid_errors(gate, torch.float32, 2, 50, 4, 2, 16, 24, apart=apart, packed=packed, device="cpu"))
 
 
 def test_views_of_a_packed_qkv_are_not_copied() -> None:

@@ -111,6 +111,10 @@ def gated_delta_step(
     groups = k.shape[1]
     if l2norm:
         q, k = _unit(q), _unit(k)
+    if select("step", v) == "triton":
+        from linearize.kernels.step_triton import gated_delta_step_triton
+
+        return gated_delta_step_triton(q, k, v, beta, log_decay, state, scale)
     if log_decay is not None:
         decay = log_decay.float().exp()
         state.mul_(decay[..., None] if decay.dim() == 3 else decay[..., None, None])

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from linearize.kernels.backend import select
+from linearize.kernels.delta import gated_delta_step
 from linearize.kernels.gated_linear import _check_shapes, gated_linear_attention, gated_linear_step, starts_of
 from linearize.kernels.window import check_window, window_attention, window_step
 
@@ -87,7 +88,8 @@ def hybrid_attention(
         ValueError: shapes do not fit together.
     """
     keys = k if memory_k is None else memory_k
-    if select("hybrid", q) == "triton" and v.dtype == q.dtype == keys.dtype:
+    same_dtype = all(x is None or x.dtype == q.dtype for x in (k, v, memory_q, memory_k, memory_v))
+    if select("hybrid", q) == "triton" and same_dtype:
         from linearize.kernels.hybrid_triton import hybrid_triton, supported
 
         if supported(q.dtype, keys.shape[-1], v.shape[-1]):
@@ -128,6 +130,7 @@ def hybrid_step(
     v_ring: Tensor,
     length: Tensor,
     *,
+    beta: Tensor | None = None,
     state_norm: Tensor | None = None,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
@@ -151,6 +154,8 @@ def hybrid_step(
         k_ring: last W keys [B, W, G, K].
         v_ring: last W values [B, W, G, V].
         length: int64 [B], tokens of the row before this one.
+        beta: [B, G], write strength: the memory then follows the gated delta rule (and has no norm), with memory_k of
+            length 1.
         state_norm: [B, G, K'] in fp32, contiguous, or None.
         sink_k: first S keys [B, S, G, K], or None.
         sink_v: [B, S, G, V], or None.
@@ -166,13 +171,14 @@ def hybrid_step(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
     memory_v = v if memory_v is None else memory_v
-    same_dims = memory_q.shape[-1] == q.shape[-1]
-    if select("step", q) == "triton" and same_dims:
+    if beta is not None and state_norm is not None:
+        raise ValueError("the delta rule has no normalizer: give `beta` or `state_norm`, not both.")
+    if select("step", q) == "triton" and memory_k.shape[1] == k.shape[1]:
         from linearize.kernels.step_triton import hybrid_step_triton
 
         near_o, lse, row_max, o, sums = hybrid_step_triton(
-            q, k, v, k_ring, v_ring, sink_k, sink_v, length, memory_q, memory_k, memory_v, log_decay, state, state_norm,
-            scale, memory_scale,
+            q, k, v, k_ring, v_ring, sink_k, sink_v, length, memory_q, memory_k, memory_v, log_decay, beta, state,
+            state_norm, scale, memory_scale,
         )  # fmt: skip
         return HybridOutput(near_o, lse, row_max, o, sums, state, state_norm)
     _write(k_ring, k, length % k_ring.shape[1])
@@ -184,6 +190,9 @@ def hybrid_step(
         _write(sink_k, k.where(fills, _read(sink_k, slot)), slot)
         _write(sink_v, v.where(fills, _read(sink_v, slot)), slot)
     near = window_step(q, k_ring, v_ring, sink_k, sink_v, length, scale=scale)
+    if beta is not None:
+        o = gated_delta_step(memory_q, memory_k, memory_v, beta, log_decay, state, scale=memory_scale)
+        return HybridOutput(near.o, near.lse, near.row_max, o, None, state, None)
     o, sums = gated_linear_step(memory_q, memory_k, memory_v, log_decay, state, state_norm, scale=memory_scale)
     return HybridOutput(near.o, near.lse, near.row_max, o, sums, state, state_norm)
 

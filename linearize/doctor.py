@@ -60,6 +60,13 @@ def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return gated_delta_rule(q, k, v, k[..., 0].sigmoid(), _decay(k), l2norm=True).o
 
 
+def _hybrid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.hybrid import hybrid_attention
+
+    out = hybrid_attention(q, k, v, _decay(k), window=16, memory_q=q.softmax(-1), memory_k=k.softmax(-1))
+    return out.window + out.memory
+
+
 def _step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from linearize.kernels.gated_linear import gated_linear_step
 
@@ -78,6 +85,7 @@ Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 OPS: dict[str, tuple[Run, Run]] = {
     "gated_linear": (_gated_linear, _gated_linear),
     "window": (_window, _window),
+    "hybrid": (_hybrid, _hybrid),
     "delta": (_delta, _delta),
     "step": (_step, _gated_linear),
 }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.kernels.hybrid import HybridOutput, hybrid_attention, hybrid_step
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.convolution import ShortConvolution
@@ -80,6 +81,10 @@ class TokenMixer(nn.Module):
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
             nn.init.zeros_(self.output_gate.weight)
             nn.init.constant_(self.output_gate.bias, 4.0)
+
+    def _joins(self, *what: str) -> bool:
+        """Whether window and memory run as one op."""
+        return self.window > 0 and getattr(self.memory, "joins_window", None) in what
 
     @property
     def delay(self) -> int:
@@ -176,7 +181,8 @@ class TokenMixer(nn.Module):
         v = context.pack(v)
         seen = cache.get("length") if cache else None
         window, memory, normalizer, after = None, None, None, None
-        if self.window:
+        joint = self._joins("all") and seen is None  # after a cached past, the window alone also reads the ring
+        if self.window and not joint:
             window = self._window(q, k, v, context.starts, cache if seen is not None else None)
         stream: Tensors = {}
         recent: Tensor | None = None
@@ -195,7 +201,17 @@ class TokenMixer(nn.Module):
             state = None
             if cache and seen is not None:
                 state = {n: cache[n] for n in self.memory.state_names}
-            memory, normalizer, after = self.memory(q_memory, entering, starts, state)
+            if joint:
+                both = hybrid_attention(
+                    q, k, v, entering.get("g"), window=self.window, sinks=self.sinks, scale=self.scaling,
+                    memory_q=q_memory, memory_k=entering["k"],
+                    memory_v=None if entering["v"] is v else entering["v"],  # one gradient for what both branches read
+                    memory_scale=self.memory.scale, with_normalizer=self.memory.normalize, starts=context.starts,
+                    memory_starts=starts,
+                )  # fmt: skip
+                window, memory, normalizer, after = _branches(both)
+            else:
+                memory, normalizer, after = self.memory(q_memory, entering, starts, state)
         out = self._finish(window, memory, normalizer)
         if cache is not None:
             self._remember(cache, k, v, stream, after, context)
@@ -356,8 +372,17 @@ class TokenMixer(nn.Module):
                 for name, t in stream.items():
                     outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
                     cache[f"pending_{name}"].index_put_((rows, length % self.window), t * outside)
-            memory, normalizer = self.memory.step(q_memory, entering, cache)
-        if self.window:
+            if self._joins("all", "step"):
+                both = hybrid_step(
+                    q, k, v, entering.get("g"), cache["state"], cache["window_k"], cache["window_v"], length,
+                    beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=cache.get("sink_k"), sink_v=cache.get("sink_v"),
+                    memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"], scale=self.scaling,
+                    memory_scale=self.memory.scale,
+                )  # fmt: skip
+                window, memory, normalizer, _ = _branches(both)
+            else:
+                memory, normalizer = self.memory.step(q_memory, entering, cache)
+        if self.window and window is None:
             slot = (rows, length % self.window)
             cache["window_k"].index_put_(slot, k)
             cache["window_v"].index_put_(slot, v)
@@ -376,6 +401,14 @@ class TokenMixer(nn.Module):
             )
         length.add_(1)
         return self._finish(window, memory, normalizer)
+
+
+def _branches(both: HybridOutput) -> tuple[WindowOutput, Tensor, Tensor | None, Tensors]:
+    """Window, memory, its normalizer, and the state behind the last token."""
+    after = {"state": both.state}
+    if both.state_norm is not None:
+        after["norm"] = both.state_norm
+    return WindowOutput(both.window, both.lse, both.row_max), both.memory, both.normalizer, after
 
 
 def _for_one_token(rotate: Rotate) -> Rotate:

@@ -32,6 +32,7 @@ MODULES = (
     "linearize.kernels.delta",
     "linearize.kernels.slots",
     "linearize.kernels.window",
+    "linearize.kernels.hybrid",
     "linearize.mixers.parts",
     "linearize.mixers.feature_maps",
     "linearize.mixers.gates",

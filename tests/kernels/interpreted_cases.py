@@ -19,8 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench_kernels import BOUNDS, GATES, hybrid_errors, linear_errors, relative, window_errors
 
+from linearize.kernels.delta import gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
+from linearize.kernels.reference import gated_delta_reference, window_reference
 from linearize.kernels.window import window_attention, window_step
 
 
@@ -116,6 +118,31 @@ def test_steps_follow_the_parallel_form(gate: str, sinks: int) -> None:
         ):  # fmt: skip
             torch.testing.assert_close(got, wanted[:, t], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(state, whole.state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_a_step_of_the_delta_rule_beside_a_window_of_another_width(gate: str) -> None:
+    B, T, H, G, K, M, V, W = 2, 7, 4, 2, 16, 40, 24, 3
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, G, K), torch.randn(B, T, G, V)
+    mq, mk = (torch.nn.functional.normalize(torch.randn(B, T, h, M), dim=-1) for h in (H, G))
+    beta = torch.rand(B, T, G) * 2
+    g = {"none": None, "scalar": -torch.rand(B, T, G), "vector": -torch.rand(B, T, G, M)}[gate]
+    start = torch.randn(B, G, M, V)
+    near = window_reference(q, k, v, window=W)[0]
+    far, last = gated_delta_reference(mq, mk, v, beta, g, scale=0.5, initial_state=start)
+    state, alone, length = start.clone(), start.clone(), torch.zeros(B, dtype=torch.long)
+    rings = torch.zeros(B, W, G, K), torch.zeros(B, W, G, V)
+    for t in range(T):
+        g_t = None if g is None else g[:, t]
+        both = hybrid_step(
+            q[:, t], k[:, t], v[:, t], g_t, state, *rings, length, beta=beta[:, t], memory_q=mq[:, t],
+            memory_k=mk[:, t], memory_scale=0.5,
+        )  # fmt: skip
+        o = gated_delta_step(mq[:, t], mk[:, t], v[:, t], beta[:, t], g_t, alone, scale=0.5)
+        length += 1
+        for got, wanted in ((both.window, near), (both.memory, far), (o, far)):
+            assert relative(got, wanted[:, t]) < 2e-5
+    assert relative(state, last) < 2e-5 and relative(alone, last) < 2e-5
 
 
 def test_compiles_without_a_graph_break() -> None:

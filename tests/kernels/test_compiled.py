@@ -56,7 +56,7 @@ def step(dim: int) -> Callable[[], None]:
     def calls() -> None:
         step_triton.hybrid_step_triton(
             new(8, dim), new(2, dim), new(2, dim), new(64, 2, dim), new(64, 2, dim), new(4, 2, dim), new(4, 2, dim),
-            torch.zeros(2, dtype=torch.int64), new(8, dim), new(2, dim), new(2, dim), new(2, dim),
+            torch.zeros(2, dtype=torch.int64), new(8, dim), new(2, dim), new(2, dim), new(2, dim), None,
             new(2, dim, dim, dtype=torch.float32), new(2, dim, dtype=torch.float32), 1.0, 1.0,
         )  # fmt: skip
 

@@ -9,6 +9,10 @@ serves all chunks at once, the R query heads of a KV head sharing one load of K,
 `_key_grads` do the rest of a chunk, in blocks of V and of K so that the accumulators fit in registers. Gradients of
 K, V and gates are summed over the R query heads in registers: no atomics, two runs are equal to the bit.
 
+A walk over all chunks is a long chain of small steps. Where there are few KV heads to walk (a long row at batch 1), it
+is cut into segments: a first launch (`SUMMARY`) finds what each segment adds and how much it keeps, the walks of all
+segments then begin where the earlier ones end.
+
 Decays. With one gate a token, the [C, C] score is multiplied by exp(gc_i - gc_j). With a gate a key channel the score
 is a product of q exp(x) and k exp(-x), x being gc from the middle of the chunk; |x| <= LIMIT there. Chunks that decay
 by more than exp(-2 LIMIT) are steep: a second launch of the same kernel serves them and leaves the others. It covers
@@ -20,6 +24,8 @@ The transpose of an accumulator is never fed to a dot (Triton 3.4 to 3.7.0 misco
 transposed layout in shared memory that no `tl.trans` shows): A^T is its own product, and operands that are made from
 accumulators are made in the orientation that they are used in. `tests/kernels/test_compiled.py` scans for it.
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -122,16 +128,18 @@ def _segments_T(gate, c, DT: tl.constexpr):
     return tl.cumsum(tl.where(c[:, None] < c[None, :], gate[None, :], 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["T", "G", "N"])
+@triton.jit(do_not_specialize=["T", "G", "N", "segment"])
 def _states(
-    k, v, gate, starts, state_0, norm_0, states, norms, totals, state_T, norm_T,
-    T, G, N,
+    k, v, gate, starts, state_0, norm_0, parts, part_norms, part_decays, states, norms, totals, state_T, norm_T,
+    T, G, N, segment,
     k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, STARTS: tl.constexpr, INIT: tl.constexpr, NORM: tl.constexpr, FINAL: tl.constexpr,
+    SEGMENTS: tl.constexpr, SUMMARY: tl.constexpr,
     DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    i_k, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_k, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SEGMENTS
+    i_s = tl.program_id(2) % SEGMENTS
     b, h = (i_bg // G).to(tl.int64), i_bg % G
     c = tl.arange(0, C)
     ks = i_k * BK + tl.arange(0, BK)
@@ -144,16 +152,25 @@ def _states(
     in_tile = in_k[:, None] & in_v[None, :]
     state = tl.zeros([BK, BV], tl.float32)
     norm = tl.zeros([BK], tl.float32)
-    if INIT:
+    kept = tl.full([BK], 1.0, tl.float32)
+    if INIT and not SUMMARY:
         state = tl.load(state_0 + row * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
         if NORM:
             norm = tl.load(norm_0 + row * K + ks, mask=in_k, other=0.0).to(tl.float32)
+    if SEGMENTS > 1 and not SUMMARY:
+        for s in range(0, i_s):
+            part = row * SEGMENTS + s
+            decay = tl.load(part_decays + part * K + ks, mask=in_k, other=0.0)
+            state = state * decay[:, None] + tl.load(parts + part * K * V + tile, mask=in_tile, other=0.0)
+            if NORM:
+                norm = norm * decay + tl.load(part_norms + part * K + ks, mask=in_k, other=0.0)
     if GATE > 0:
         gate += b * g_b + h * g_h
-    for n in range(0, N):
-        tl.store(states + (row * N + n) * K * V + tile, state.to(states.dtype.element_ty), mask=in_tile)
-        if NORM:
-            tl.store(norms + (row * N + n) * K + ks, norm, mask=ks + i_v * K < K)
+    for n in range(i_s * segment, tl.minimum((i_s + 1) * segment, N)):
+        if not SUMMARY:
+            tl.store(states + (row * N + n) * K * V + tile, state.to(states.dtype.element_ty), mask=in_tile)
+            if NORM:
+                tl.store(norms + (row * N + n) * K + ks, norm, mask=ks + i_v * K < K)
         begin = n * C
         t = begin + c
         first = tl.full([], 0, tl.int64)
@@ -178,6 +195,7 @@ def _states(
             decay = tl.where(keep, tl.exp(total), 0.0)
             state *= decay
             norm *= decay
+            kept *= decay
         elif GATE == 2:
             g_T = tl.load(
                 gate + at * g_t + c[None, :] * g_t + ks[:, None], mask=in_t[None, :] & in_k[:, None], other=0.0
@@ -185,23 +203,33 @@ def _states(
             g_T = tl.maximum(g_T.to(tl.float32), -100.0)
             suffix = _sums_T(g_T, tl.where(c[:, None] > c[None, :], 1.0, 0.0), GDT)
             total = tl.sum(g_T, 1)
-            tl.store(totals + (row * N + n) * K + ks, total, mask=ks + i_v * K < K)
+            if not SUMMARY:
+                tl.store(totals + (row * N + n) * K + ks, total, mask=ks + i_v * K < K)
             k_T = k_T.to(tl.float32) * tl.exp(suffix)
             decay = tl.where(keep, tl.exp(total), 0.0)
             state *= decay[:, None]
             norm *= decay
+            kept *= decay
         elif STARTS:
             decay = tl.where(keep, 1.0, 0.0)
             state *= decay
             norm *= decay
+            kept *= decay
         if NORM:
             # Not `+=`: Triton 3.6 fails to compile a loop-carried sum of a reduction in some layouts.
             norm = tl.fma(norm, tl.full([BK], 1.0, tl.float32), tl.sum(k_T.to(tl.float32), 1))
         state += tl.dot(_cast(k_T, DT, HALF), _cast(v_C, DT, HALF), input_precision=PREC)
-    if FINAL:
-        tl.store(state_T + row * K * V + tile, state, mask=in_tile)
+    if SUMMARY:
+        part = row * SEGMENTS + i_s
+        tl.store(parts + part * K * V + tile, state, mask=in_tile)
+        tl.store(part_decays + part * K + ks, kept, mask=ks + i_v * K < K)
         if NORM:
-            tl.store(norm_T + row * K + ks, norm, mask=ks + i_v * K < K)
+            tl.store(part_norms + part * K + ks, norm, mask=ks + i_v * K < K)
+    elif FINAL:
+        past = (SEGMENTS - 1 - i_s) * K  # added to an index, it masks the store of all but the last segment
+        tl.store(state_T + row * K * V + tile, state, mask=in_tile & (ks + past < K)[:, None])
+        if NORM:
+            tl.store(norm_T + row * K + ks, norm, mask=ks + i_v * K + past < K)
 
 
 @triton.jit(do_not_specialize=["T", "G", "N"])
@@ -330,17 +358,19 @@ def _outputs(
                 tl.store(o + (rows + r)[:, None] * V + vs[None, :], out.to(o.dtype.element_ty), mask=in_tv)
 
 
-@triton.jit(do_not_specialize=["T", "G", "N"])
+@triton.jit(do_not_specialize=["T", "G", "N", "segment"])
 def _state_grads(
-    q, do, gate, starts, d_sums, d_state_T, d_norm_T, d_states, d_norms, d_state_0, d_norm_0,
-    T, G, N, scale,
+    q, do, gate, starts, d_sums, d_state_T, d_norm_T, parts, part_norms, part_decays, d_states, d_norms,
+    d_state_0, d_norm_0,
+    T, G, N, segment, scale,
     q_b, q_t, q_h, g_b, g_t, g_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, STARTS: tl.constexpr, INIT: tl.constexpr, NORM: tl.constexpr,
-    FINAL: tl.constexpr, NORM_FINAL: tl.constexpr,
+    FINAL: tl.constexpr, NORM_FINAL: tl.constexpr, SEGMENTS: tl.constexpr, SUMMARY: tl.constexpr,
     DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    i_k, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_k, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SEGMENTS
+    i_s = tl.program_id(2) % SEGMENTS
     b, h = (i_bg // G).to(tl.int64), i_bg % G
     H = G * R
     c = tl.arange(0, C)
@@ -352,19 +382,29 @@ def _state_grads(
     in_tile = in_k[:, None] & in_v[None, :]
     grad = tl.zeros([BK, BV], tl.float32)
     d_norm = tl.zeros([BK], tl.float32)
-    if FINAL:
+    kept = tl.full([BK], 1.0, tl.float32)
+    if FINAL and not SUMMARY:
         grad = tl.load(d_state_T + row * K * V + tile, mask=in_tile, other=0.0)
-    if NORM_FINAL:
+    if NORM_FINAL and not SUMMARY:
         d_norm = tl.load(d_norm_T + row * K + ks, mask=in_k, other=0.0)
+    if SEGMENTS > 1 and not SUMMARY:
+        for later in range(0, SEGMENTS - 1 - i_s):
+            part = row * SEGMENTS + SEGMENTS - 1 - later
+            decay = tl.load(part_decays + part * K + ks, mask=in_k, other=0.0)
+            grad = grad * decay[:, None] + tl.load(parts + part * K * V + tile, mask=in_tile, other=0.0)
+            if NORM:
+                d_norm = d_norm * decay + tl.load(part_norms + part * K + ks, mask=in_k, other=0.0)
     q += b * q_b + h * R * q_h
     do += (b * T * H + h * R) * V
     if GATE > 0:
         gate += b * g_b + h * g_h
-    for back in range(0, N):
-        n = N - 1 - back
-        tl.store(d_states + (row * N + n) * K * V + tile, grad.to(d_states.dtype.element_ty), mask=in_tile)
-        if NORM:
-            tl.store(d_norms + (row * N + n) * K + ks, d_norm, mask=ks + i_v * K < K)
+    end = tl.minimum((i_s + 1) * segment, N)
+    for back in range(0, end - i_s * segment):
+        n = end - 1 - back
+        if not SUMMARY:
+            tl.store(d_states + (row * N + n) * K * V + tile, grad.to(d_states.dtype.element_ty), mask=in_tile)
+            if NORM:
+                tl.store(d_norms + (row * N + n) * K + ks, d_norm, mask=ks + i_v * K < K)
         begin = n * C
         at = begin.to(tl.int64)
         t = begin + c
@@ -382,6 +422,7 @@ def _state_grads(
             e = tl.where(sees, e, 0.0)[None, :]
             decay = tl.where(keep, tl.exp(tl.sum(g_C)), 0.0)
             grad *= decay
+            kept *= decay
         elif GATE == 2:
             g_T = tl.load(
                 gate + at * g_t + c[None, :] * g_t + ks[:, None], mask=in_t[None, :] & in_k[:, None], other=0.0
@@ -392,11 +433,13 @@ def _state_grads(
                 e = tl.where(sees[None, :], e, 0.0)
             decay = tl.where(keep, tl.exp(tl.sum(g_T, 1)), 0.0)
             grad *= decay[:, None]
+            kept *= decay
         else:
             e = tl.where(sees, scale, 0.0)[None, :]
             decay = tl.where(keep, 1.0, 0.0)
             if STARTS:
                 grad *= decay
+                kept *= decay
         if NORM:
             d_norm *= decay
         for r in tl.static_range(R):
@@ -413,10 +456,17 @@ def _state_grads(
             if NORM:
                 d_sum = tl.load(d_sums + (b * T + t) * H + h * R + r, mask=in_t, other=0.0)
                 d_norm = tl.fma(d_norm, tl.full([BK], 1.0, tl.float32), tl.sum(q_e * d_sum[None, :], 1))
-    if INIT:
-        tl.store(d_state_0 + row * K * V + tile, grad, mask=in_tile)
+    if SUMMARY:
+        part = row * SEGMENTS + i_s
+        tl.store(parts + part * K * V + tile, grad, mask=in_tile)
+        tl.store(part_decays + part * K + ks, kept, mask=ks + i_v * K < K)
         if NORM:
-            tl.store(d_norm_0 + row * K + ks, d_norm, mask=ks + i_v * K < K)
+            tl.store(part_norms + part * K + ks, d_norm, mask=ks + i_v * K < K)
+    elif INIT:
+        past = i_s * K  # added to an index, it masks the store of all but the first segment
+        tl.store(d_state_0 + row * K * V + tile, grad, mask=in_tile & (ks + past < K)[:, None])
+        if NORM:
+            tl.store(d_norm_0 + row * K + ks, d_norm, mask=ks + i_v * K + past < K)
 
 
 @triton.jit(do_not_specialize=["T", "G", "N"])
@@ -757,7 +807,7 @@ GATE_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.flo
 @torch.compiler.assume_constant_result
 def supported(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Whether the kernels serve these head dims and this dtype."""
-    return gated_linear_tiles(dtype, key_dim, value_dim, 1, 1) is not None
+    return gated_linear_tiles(dtype, key_dim, value_dim, 1, 1, 1) is not None
 
 
 def gated_linear_triton(
@@ -810,11 +860,12 @@ class Call:
         self.R = self.H // self.G
         self.scale, self.norm = scale, with_normalizer
         mode = _gate_mode(log_decay)
-        tiles = gated_linear_tiles(q.dtype, self.K, self.V, self.B * self.G, self.R)
+        tiles = gated_linear_tiles(q.dtype, self.K, self.V, self.B * self.G, self.R, self.T)
         if tiles is None:
             raise ValueError(f"no Triton kernel for {q.dtype} with key dim {self.K} and value dim {self.V}.")
         self.tiles: Tiles = tiles
         self.N = _blocks(self.T, tiles.chunk)
+        self.segment = _blocks(self.N, tiles.segments)
         self.slopes = (False, True) if mode == 2 else (False,)
         self.sizes = (self.T, self.G, self.N)
         gate_strides = (0, 0, 0) if self.gate is None else self.gate.stride()[:3]
@@ -836,6 +887,7 @@ class Call:
             "GDT": tl.float32 if self.gate is None else GATE_DTYPES[self.gate.dtype],
             "HALF": q.dtype == torch.float16,
             "PREC": "tf32" if q.dtype == torch.float16 else "tf32x3",
+            "SEGMENTS": tiles.segments,
         }
         self.s_0, self.z_0 = initial_state, initial_norm
         if self.constants["INIT"]:
@@ -860,9 +912,24 @@ class Call:
         """A launch of `kernel` with what all launches share."""
         return Launch(kernel, grid, args, self.constants, constants, tile.warps, tile.stages)
 
-    def states(self, final: bool) -> tuple[Launch, tuple[Tensor | None, ...]]:
-        """The launch of `_states`, and what it fills: states, norms, gate sums of chunks; last state, last norm."""
-        tile = self.tiles.states
+    def walk(self, kernel: object, tile: Tile, args: Callable[..., tuple[object, ...]], **more: object) -> list[Launch]:
+        """The launches of a walk over the chunks; `args` takes the buffers of the segments' summaries."""
+        segments = self.tiles.segments
+        split = segments > 1
+        summaries = (
+            self.scratch(segments, self.K, self.V, when=split),
+            self.scratch(segments, self.K, when=split and self.norm),
+            self.scratch(segments, self.K, when=split),
+        )
+        grid = (_blocks(self.K, tile.key), _blocks(self.V, tile.value), self.B * self.G * segments)
+        more |= {"BK": tile.key, "BV": tile.value}
+        return [
+            self.launch(kernel, grid, tile, args(*summaries), SUMMARY=summary, **more)
+            for summary in ((True, False) if split else (False,))
+        ]
+
+    def states(self, final: bool) -> tuple[list[Launch], tuple[Tensor | None, ...]]:
+        """The launches of `_states`, and what they fill: states, norms, gate sums of chunks; last state, last norm."""
         vector = self.constants["GATE"] == 2
         before = (
             self.q.new_empty((self.B * self.G, self.N, self.K, self.V), dtype=self.state_dtype),
@@ -873,22 +940,12 @@ class Call:
         if final:
             last = self.new(self.K, self.V), self.new(self.K, when=self.norm)
         _, k_s, v_s, g_s = self.strides
-        grid = (_blocks(self.K, tile.key), _blocks(self.V, tile.value), self.B * self.G)
-        args = (
-            self.k,
-            self.v,
-            self.gate,
-            self.starts,
-            self.s_0,
-            self.z_0,
-            *before,
-            *last,
-            *self.sizes,
-            *k_s,
-            *v_s,
-            *g_s,
-        )
-        return self.launch(_states, grid, tile, args, BK=tile.key, BV=tile.value, FINAL=final), (*before, *last)
+
+        def args(*summaries: Tensor | None) -> tuple[object, ...]:
+            given = (self.k, self.v, self.gate, self.starts, self.s_0, self.z_0)
+            return *given, *summaries, *before, *last, *self.sizes, self.segment, *k_s, *v_s, *g_s
+
+        return self.walk(_states, self.tiles.states, args, FINAL=final), (*before, *last)
 
     def forward(self) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Launches of the forward, and o, sums, last state, last norm."""
@@ -904,7 +961,7 @@ class Call:
         rest = [
             self.launch(_outputs, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value) for steep in self.slopes
         ]
-        return [first, *rest], (o, sums, s_T, z_T)
+        return [*first, *rest], (o, sums, s_T, z_T)
 
     def backward(
         self, do: Tensor, d_sums: Tensor | None, d_state: Tensor | None, d_norm: Tensor | None
@@ -915,16 +972,14 @@ class Call:
         init = bool(self.constants["INIT"])
         ds_0, dz_0 = self.new(self.K, self.V, when=init), self.new(self.K, when=init and self.norm)
         q_s, k_s, v_s, g_s = self.strides
-        tile = self.tiles.state_grads
-        launches = [
-            first,
-            self.launch(
-                _state_grads, (_blocks(self.K, tile.key), _blocks(self.V, tile.value), self.B * self.G), tile,
-                (self.q, do, self.gate, self.starts, d_sums, d_state, d_norm, d_states, d_norms, ds_0, dz_0,
-                 *self.sizes, self.scale, *q_s, *g_s),
-                BK=tile.key, BV=tile.value, FINAL=d_state is not None, NORM_FINAL=self.norm and d_norm is not None,
-            ),
-        ]  # fmt: skip
+        given = (self.q, do, self.gate, self.starts, d_sums, d_state, d_norm)
+
+        def walked(*summaries: Tensor | None) -> tuple[object, ...]:
+            filled = (d_states, d_norms, ds_0, dz_0)
+            return *given, *summaries, *filled, *self.sizes, self.segment, self.scale, *q_s, *g_s
+
+        ends = {"FINAL": d_state is not None, "NORM_FINAL": self.norm and d_norm is not None}
+        launches = first + self.walk(_state_grads, self.tiles.state_grads, walked, **ends)
         dq, dk, dv = (x.new_empty(x.shape) for x in (self.q, self.k, self.v))
         tile = self.tiles.value_grads
         args: tuple[object, ...] = (

@@ -140,8 +140,8 @@ def _(
     state = q.new_empty((B, G, K, V), dtype=torch.float32)
     far = (v if memory_v is None else memory_v).new_empty((B, T, H, V))
     return (
-        q.new_empty((B, T, H, v.shape[-1])), line, torch.empty_like(line), torch.empty_like(line, dtype=torch.int32), far, sums,
-        state, norm,
+        q.new_empty((B, T, H, v.shape[-1])), line, torch.empty_like(line), torch.empty_like(line, dtype=torch.int32),
+        far, sums, state, norm,
     )  # fmt: skip
 
 

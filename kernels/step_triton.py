@@ -33,7 +33,8 @@ def _step(
     G, W, S, scale_w, scale_m,
     q_w_b, q_w_h, k_w_b, k_w_h, v_w_b, v_w_h, k_r_b, k_r_s, k_r_h, v_r_b, v_r_s, v_r_h,
     k_s_b, k_s_s, k_s_h, v_s_b, v_s_s, v_s_h, q_m_b, q_m_h, k_m_b, k_m_h, v_m_b, v_m_h, g_b, g_h, b_b, b_h,
-    R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KM: tl.constexpr, BKM: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KM: tl.constexpr, BKM: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, NV: tl.constexpr,
     FULL_V: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     MEMORY: tl.constexpr, WINDOW: tl.constexpr, WRITE: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr,
     NORM: tl.constexpr, PREC: tl.constexpr,
@@ -263,7 +264,23 @@ def window_step_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `window_step` (see there for shapes) in one launch."""
     o, lse, row_max, _, _ = _launch(
-        q, None, None, k_ring, v_ring, sink_k, sink_v, length, None, None, None, None, None, None, None, scale, 1.0,
+        q,
+        None,
+        None,
+        k_ring,
+        v_ring,
+        sink_k,
+        sink_v,
+        length,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        scale,
+        1.0,
         False,
     )
     return o, lse, row_max

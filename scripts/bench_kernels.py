@@ -238,6 +238,10 @@ def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str
             shape = (2, 300, 8, 2, dim, dim)
             run = partial(window_errors, dtype, *shape, window, sinks, packed=packed)
             yield f"window {window}+{sinks} {shape}", dtype, run
+        for gate, dim in itertools.product(GATES, (64, 128)):
+            shape = (1, 2100, 4, 1, dim, dim)  # a walk cut into segments
+            run = partial(linear_errors, gate, dtype, *shape, packed=dim == 64, normalizer=dim == 64)
+            yield f"linear {gate} long {shape}", dtype, run
         for dim, (apart, packed) in itertools.product(dims, itertools.product((False, True), repeat=2)):
             shape = (2, 150, 8, 2, dim, dim)
             run = partial(hybrid_errors, "vector", dtype, *shape, apart=apart, packed=packed)

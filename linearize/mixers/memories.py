@@ -6,8 +6,8 @@ A memory sees a *stream*: a dict of per-token tensors [B, T, G, ...] that holds 
 a gate) and whatever else the memory computes from the layer's input in `prepare`. A token whose stream is all zero
 must leave the state as it is: that is how padding, sinks and tokens still inside a disjoint window stay out. A memory
 that has no sum of weights to divide by says `normalizes = False`; one that is stable only for keys of length 1 at most
-says `needs_unit`; one that needs a gate per channel says `needs_channels`. `joins_window` says whether `hybrid_step` (`step`)
-or `hybrid_attention` too (`all`) runs its update rule together with the window.
+says `needs_unit`; one that needs a gate per channel says `needs_channels`. `joins_window` says whether `hybrid_step`
+(`step`) or `hybrid_attention` too (`all`) runs its update rule together with the window.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench_kernels import BOUNDS, GATES, hybrid_errors, linear_errors, relative, window_errors
 
+from linearize.kernels import configs
 from linearize.kernels.delta import gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
@@ -42,6 +43,20 @@ def check(errors: dict[str, float], dtype: torch.dtype = torch.float32) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_gated_linear_and_every_gradient(gate: str, packed: bool) -> None:
     check(linear_errors(gate, torch.float32, 2, 70, 6, 2, 24, 40, packed=packed, normalizer=packed, device="cpu"))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_walk_cut_into_segments(gate: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "SHORTEST", 1)
+    configs.gated_linear_tiles.cache_clear()
+    try:
+        assert configs.gated_linear_tiles(torch.float32, 16, 24, 1, 2, 150).segments == 4
+        shape = (1, 150, 2, 1, 16, 24)
+        errors = linear_errors(gate, torch.float32, *shape, packed=packed, normalizer=packed, device="cpu")
+    finally:
+        configs.gated_linear_tiles.cache_clear()
+    check(errors)
 
 
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
@@ -70,7 +85,9 @@ def test_window_and_every_gradient(window: int, sinks: int, packed: bool) -> Non
     check(window_errors(torch.float32, 2, 90, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
 
 
-@pytest.mark.parametrize(("gate", "apart", "packed"), [("vector", False, True), ("scalar", True, True), ("none", True, False)])
+@pytest.mark.parametrize(
+    ("gate", "apart", "packed"), [("vector", False, True), ("scalar", True, True), ("none", True, False)]
+)
 def test_both_branches_in_one_op_and_every_gradient(gate: str, apart: bool, packed: bool) -> None:
     check(hybrid_errors(gate, torch.float32, 2, 50, 4, 2, 16, 24, apart=apart, packed=packed, device="cpu"))
 

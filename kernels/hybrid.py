@@ -97,11 +97,11 @@ def hybrid_attention(
             _check_shapes(q if memory_q is None else memory_q, keys, v if memory_v is None else memory_v, log_decay)
             if cu_seqlens is not None:
                 starts = starts_of(starts, cu_seqlens, q)
-            near_o, lse, row_max, *far = hybrid_triton(
+            results = hybrid_triton(
                 q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
                 window, sinks, q.shape[-1] ** -0.5 if scale is None else scale, memory_scale, with_normalizer,
             )  # fmt: skip
-            return HybridOutput(near_o, lse, row_max, *far)
+            return HybridOutput(*results)
     near = window_attention(q, k, v, window=window, sinks=sinks, scale=scale, starts=starts, cu_seqlens=cu_seqlens)
     far_out = gated_linear_attention(
         q if memory_q is None else memory_q,

@@ -376,8 +376,8 @@ class TokenMixer(nn.Module):
                 both = hybrid_step(
                     q, k, v, entering.get("g"), cache["state"], cache["window_k"], cache["window_v"], length,
                     beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=cache.get("sink_k"),
-                    sink_v=cache.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"], scale=self.scaling,
-                    memory_scale=self.memory.scale,
+                    sink_v=cache.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"],
+                    scale=self.scaling, memory_scale=self.memory.scale,
                 )  # fmt: skip
                 window, memory, normalizer, _ = _branches(both)
             else:

@@ -153,6 +153,7 @@ def _states(
     state = tl.zeros([BK, BV], tl.float32)
     norm = tl.zeros([BK], tl.float32)
     kept = tl.full([BK], 1.0, tl.float32)
+    columns = tl.zeros([BK, C], tl.float32)  # of the norm: summed at the end, see below
     if INIT and not SUMMARY:
         state = tl.load(state_0 + row * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
         if NORM:
@@ -196,6 +197,7 @@ def _states(
             state *= decay
             norm *= decay
             kept *= decay
+            columns *= decay
         elif GATE == 2:
             g_T = tl.load(
                 gate + at * g_t + c[None, :] * g_t + ks[:, None], mask=in_t[None, :] & in_k[:, None], other=0.0
@@ -210,21 +212,27 @@ def _states(
             state *= decay[:, None]
             norm *= decay
             kept *= decay
+            columns *= decay[:, None]
         elif STARTS:
             decay = tl.where(keep, 1.0, 0.0)
             state *= decay
             norm *= decay
             kept *= decay
+            columns *= decay
         if NORM:
-            # Not `+=`: Triton 3.6 fails to compile a loop-carried sum of a reduction in some layouts.
-            norm = tl.fma(norm, tl.full([BK], 1.0, tl.float32), tl.sum(k_T.to(tl.float32), 1))
+            # Triton 3.6 fails to compile a loop-carried sum of a reduction in some layouts, all the more where nothing
+            # in the loop reads it.
+            if SUMMARY:
+                columns += k_T.to(tl.float32)
+            else:
+                norm = tl.fma(norm, tl.full([BK], 1.0, tl.float32), tl.sum(k_T.to(tl.float32), 1))
         state += tl.dot(_cast(k_T, DT, HALF), _cast(v_C, DT, HALF), input_precision=PREC)
     if SUMMARY:
         part = row * SEGMENTS + i_s
         tl.store(parts + part * K * V + tile, state, mask=in_tile)
         tl.store(part_decays + part * K + ks, kept, mask=ks + i_v * K < K)
         if NORM:
-            tl.store(part_norms + part * K + ks, norm, mask=ks + i_v * K < K)
+            tl.store(part_norms + part * K + ks, tl.sum(columns, 1), mask=ks + i_v * K < K)
     elif FINAL:
         past = (SEGMENTS - 1 - i_s) * K  # added to an index, it masks the store of all but the last segment
         tl.store(state_T + row * K * V + tile, state, mask=in_tile & (ks + past < K)[:, None])
@@ -383,6 +391,7 @@ def _state_grads(
     grad = tl.zeros([BK, BV], tl.float32)
     d_norm = tl.zeros([BK], tl.float32)
     kept = tl.full([BK], 1.0, tl.float32)
+    columns = tl.zeros([BK, C], tl.float32)  # of the norm's gradient, as in `_states`
     if FINAL and not SUMMARY:
         grad = tl.load(d_state_T + row * K * V + tile, mask=in_tile, other=0.0)
     if NORM_FINAL and not SUMMARY:
@@ -423,6 +432,8 @@ def _state_grads(
             decay = tl.where(keep, tl.exp(tl.sum(g_C)), 0.0)
             grad *= decay
             kept *= decay
+            columns *= decay
+            columns *= decay
         elif GATE == 2:
             g_T = tl.load(
                 gate + at * g_t + c[None, :] * g_t + ks[:, None], mask=in_t[None, :] & in_k[:, None], other=0.0
@@ -434,12 +445,14 @@ def _state_grads(
             decay = tl.where(keep, tl.exp(tl.sum(g_T, 1)), 0.0)
             grad *= decay[:, None]
             kept *= decay
+            columns *= decay[:, None]
         else:
             e = tl.where(sees, scale, 0.0)[None, :]
             decay = tl.where(keep, 1.0, 0.0)
             if STARTS:
                 grad *= decay
                 kept *= decay
+                columns *= decay
         if NORM:
             d_norm *= decay
         for r in tl.static_range(R):
@@ -455,13 +468,16 @@ def _state_grads(
             grad += tl.dot(_cast(q_e, DT, HALF), _cast(do_C, DT, HALF), input_precision=PREC)
             if NORM:
                 d_sum = tl.load(d_sums + (b * T + t) * H + h * R + r, mask=in_t, other=0.0)
-                d_norm = tl.fma(d_norm, tl.full([BK], 1.0, tl.float32), tl.sum(q_e * d_sum[None, :], 1))
+                if SUMMARY:
+                    columns += q_e * d_sum[None, :]
+                else:
+                    d_norm = tl.fma(d_norm, tl.full([BK], 1.0, tl.float32), tl.sum(q_e * d_sum[None, :], 1))
     if SUMMARY:
         part = row * SEGMENTS + i_s
         tl.store(parts + part * K * V + tile, grad, mask=in_tile)
         tl.store(part_decays + part * K + ks, kept, mask=ks + i_v * K < K)
         if NORM:
-            tl.store(part_norms + part * K + ks, d_norm, mask=ks + i_v * K < K)
+            tl.store(part_norms + part * K + ks, tl.sum(columns, 1), mask=ks + i_v * K < K)
     elif INIT:
         past = i_s * K  # added to an index, it masks the store of all but the first segment
         tl.store(d_state_0 + row * K * V + tile, grad, mask=in_tile & (ks + past < K)[:, None])

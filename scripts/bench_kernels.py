@@ -261,6 +261,7 @@ def _check_one(job: tuple[bool, int]) -> tuple[str, torch.dtype, dict[str, float
     full, index = job
     name, dtype, run = next(itertools.islice(checks(full), index, None))
     torch.manual_seed(index)
+    torch.cuda.empty_cache()  # the processes share one GPU
     try:
         return name, dtype, run()
     except Exception as error:

@@ -56,7 +56,8 @@ def test_a_walk_cut_into_segments(gate: str, packed: bool, monkeypatch: pytest.M
         errors = linear_errors(gate, torch.float32, *shape, packed=packed, normalizer=packed, device="cpu")
     finally:
         configs.gated_linear_tiles.cache_clear()
-    check(errors)
+    # A fixed gate's gradient is a sum over all tokens that can come out near 0.
+    check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
 
 
 @pytest.mark.parametrize("gate", ["scalar", "vector"])

@@ -433,7 +433,6 @@ def _state_grads(
             grad *= decay
             kept *= decay
             columns *= decay
-            columns *= decay
         elif GATE == 2:
             g_T = tl.load(
                 gate + at * g_t + c[None, :] * g_t + ks[:, None], mask=in_t[None, :] & in_k[:, None], other=0.0

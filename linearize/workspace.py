@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from linearize import yaml_io
+from linearize import __version__, yaml_io
 from linearize.checkpoint import sync, write_text
 from linearize.data import Corpus
 from linearize.errors import LinearizeError
@@ -162,7 +162,7 @@ def provenance(settings: dict[str, Any], teacher: TeacherInfo, corpus: Corpus, s
         torch.cuda.get_device_name() if settings["device"] == "cuda" else platform.processor() or platform.machine()
     )
     return {
-        "linearize": metadata.version("linearize"),
+        "linearize": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},

@@ -64,6 +64,9 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
     trained = runner.prepare()
     for parameter in trained.values():
         parameter.data = parameter.data.float()
+    if given.compile:
+        for layer in model.get_decoder().layers:
+            layer.compile()
     progress = Progress(trained, stage)
     groups = runner.clip_groups(trained)
     micro = given.micro_batch or given.rows
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="rows at a time in a step; all by default")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--csv")
     given = parser.parse_args()

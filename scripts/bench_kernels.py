@@ -298,7 +298,11 @@ def check(full: bool, jobs: int) -> bool:
 
 @dataclass
 class Row:
-    """One line of the table; times in ms (`graph`: forward and backward under a CUDA graph), memory in MiB."""
+    """One line of the table; times in ms (`graph`: forward and backward under a CUDA graph), memory in MiB.
+
+    `peak` is above inputs and output gradient, `kept` what is alive between forward and backward, outputs included;
+    `first` is the first call in seconds, compilation included.
+    """
 
     name: str
     shape: str
@@ -308,6 +312,7 @@ class Row:
     high: float
     graph: float
     peak: float
+    kept: float
     first: float
 
 
@@ -326,15 +331,18 @@ def measure(name: str, shape: str, run: Callable[[], Tensor | tuple[Tensor, ...]
     first = time.time() - start
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    outputs = run()
+    kept = (torch.cuda.memory_allocated() - before) / 2**20
+    del outputs
     both()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     forward = triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
     mid, low, high = triton.testing.do_bench(both, warmup=10, rep=100, quantiles=[0.5, 0.1, 0.9])
     graph = triton.testing.do_bench_cudagraph(both, rep=40, return_mode="median")
-    row = Row(name, shape, forward, mid, low, high, graph, peak, first)
+    row = Row(name, shape, forward, mid, low, high, graph, peak, kept, first)
     print(
         f"{name:26} {shape:22} {forward:7.3f} {mid:7.3f} [{low:.3f}, {high:.3f}] graph {graph:7.3f} ms "
-        f"{peak:5.0f} MiB, first {first:.1f} s",
+        f"{peak:5.0f} MiB, {kept:4.0f} kept, first {first:.1f} s",
         flush=True,
     )
     return row
@@ -410,6 +418,32 @@ def peer_rows(peers: list[str], name: str, shape: tuple[int, ...]) -> Iterator[R
         )  # fmt: skip
 
 
+def plot(table: str, target: str) -> None:
+    """Draw forward and backward over T, from a table that `--csv` wrote, for the shapes with 32 query heads."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(table, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if " H32 " in row["shape"]]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        length = [SHAPES[row["shape"]][1] for row in mine]
+        # A fixed number of tokens, so that an op which is linear in T is a level line.
+        each = [float(row["graph"]) * 8192 / SHAPES[row["shape"]][0] / t for row, t in zip(mine, length, strict=True)]
+        ours = not name.startswith(("SDPA", "flex", "fla"))
+        axes.plot(length, each, "-o" if ours else "--s", label=name, alpha=1.0 if ours else 0.7)
+    axes.set(xscale="log", yscale="log", xlabel="T, tokens a row", ylabel="ms for 8,192 tokens, forward + backward")
+    axes.set_xticks([2048, 8192, 32768], ["2,048", "8,192", "32,768"])
+    axes.minorticks_off()
+    axes.set_title("H=32, G=8, K=V=128, bf16, one H100 (B=4 at 2,048; else B=1)", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    figure.savefig(target, dpi=150, bbox_inches="tight")
+
+
 def decode() -> None:
     """One decode step of window and memory at the Llama-3-8B shape under a CUDA graph, beside copy bandwidth."""
     source = torch.randn(2**28, device="cuda")
@@ -457,7 +491,11 @@ def main() -> None:
     parser.add_argument("--unchecked", action="store_true", help="time without the check, after a run of --check")
     parser.add_argument("--jobs", type=int, default=12, help="processes that check")
     parser.add_argument("--csv", help="write the table here")
+    parser.add_argument("--plot", nargs=2, metavar=("CSV", "PNG"), help="draw a table that --csv wrote, and stop")
     options = parser.parse_args()
+    if options.plot:
+        plot(*options.plot)
+        return
     if options.unchecked:
         print("UNCHECKED: run --check at the same commit")
     elif not check(options.check, options.jobs):

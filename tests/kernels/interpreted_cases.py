@@ -93,6 +93,22 @@ def test_both_branches_in_one_op_and_every_gradient(gate: str, apart: bool, pack
     check(hybrid_errors(gate, torch.float32, 2, 50, 4, 2, 16, 24, apart=apart, packed=packed, device="cpu"))
 
 
+def test_nothing_but_inputs_and_rows_is_kept_for_the_backward() -> None:
+    B, T, H, G, D = 1, 200, 4, 2, 16
+    q, k, v, g = (torch.randn(B, T, h, D) for h in (H, G, G, G))
+    shapes = []
+
+    def pack(x: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        hybrid_attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), -g.abs(), window=16)
+    inputs = [(B, T, H, D), (B, T, G, D), (B, T, G, D), (B, T, G, D)]
+    rows = [(B, T, H, D), (B, T, H), (B, T, H)]  # the window's output, its log-sum-exp, where its largest score was
+    assert sorted(shapes) == sorted(inputs + rows)
+
+
 def test_views_of_a_packed_qkv_are_not_copied() -> None:
     packed = torch.randn(2, 40, 8, 16)
     q, k, v = packed.split([4, 2, 2], 2)

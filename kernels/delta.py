@@ -71,7 +71,14 @@ def gated_delta_rule(
         starts = starts_from_cu_seqlens(cu_seqlens, q.shape[1])
     if l2norm:
         q, k = _unit(q), _unit(k)
-    if select("delta", q) == "reference":
+    backend = select("delta", q)
+    if backend == "triton":
+        from linearize.kernels.delta_triton import gated_delta_triton, supported
+
+        if supported(q.dtype, q.shape[-1], v.shape[-1]):
+            o, state = gated_delta_triton(q, k, v, beta, log_decay, scale, starts, initial_state)
+            return LinearOutput(o, None, state, None)
+    if backend == "reference":
         from linearize.kernels.reference import gated_delta_reference
 
         o, state = gated_delta_reference(

@@ -198,8 +198,9 @@ def _delta_states(
     for n in range(0, N):
         slot = row * N + n
         tl.store(states + slot * K * V + tile, state.to(states.dtype.element_ty), mask=in_tile)
-        at = (n * C).to(tl.int64)
-        in_t = n * C + c < T
+        begin = n * C
+        at = begin.to(tl.int64)
+        in_t = begin + c < T
         rows = slot * C + c
         at_v = rows[:, None] * V + vs[None, :]
         w_C = tl.load(w + rows[:, None] * K + ks[None, :], mask=(c >= 0)[:, None] & in_k[None, :], other=0.0)

@@ -115,7 +115,6 @@ def _solve(
         tl.store(reach + rows, sees)
         tl.store(rest + rows, write)
         tl.store(carry + slot, kept)
-        k_r = k_f * sees[:, None]
     else:
         i, t_ = c[:, None], c[None, :]
         if not STEEP:
@@ -159,8 +158,10 @@ def _solve(
         inverse += between - _exact_dot(inverse * b_C[None, :], between, DT)
     tl.store(z + rows[:, None] * C + c[None, :], inverse.to(z.dtype.element_ty))
     z_C = _cast(inverse, DT, HALF)
-    k_b_ = _cast(k_r * b_C[:, None], DT, HALF)
-    k_r -= tl.dot(z_C, k_b_, input_precision=PREC)
+    if GATE < 2:  # loaded anew: its registers served the products above
+        k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
+        k_r = k_C.to(tl.float32) * sees[:, None]
+    k_r -= tl.dot(z_C, _cast(k_r * b_C[:, None], DT, HALF), input_precision=PREC)
     tl.store(w + rows[:, None] * K + ks[None, :], k_r.to(w.dtype.element_ty), mask=in_k[None, :] & (c >= 0)[:, None])
     v += b * v_b + h * v_h + at * v_t
     for v_0 in range(0, V, BV):
@@ -332,7 +333,8 @@ class DeltaCall(Call):
     def walk(self, final: bool) -> tuple[list[Launch], Tensor, Tensor | None, Tensor]:
         """The launches of `_solve` and `_delta_states`; states, gate sums and the last state that they fill."""
         C, G, N, pairs = self.tiles.chunk, self.G, self.N, self.B * self.G
-        self.z, self.u, self.y = self.rows(C), self.rows(self.V), self.rows(self.V)
+        self.z, self.y = self.rows(C), self.rows(self.V)
+        self.u = self.new(N * C, self.V)
         self.reads, self.writes = (self.rows(self.K, when=self.vector) for _ in range(2))
         self.reach, self.rest = (self.scratch(N * C, when=not self.vector) for _ in range(2))
         self.carry = self.new(N, self.K if self.vector else 1)
@@ -369,7 +371,7 @@ class DeltaCall(Call):
         """Launches of the backward, and the gradients of q, k, v, beta (in parts), gates (in parts), first state."""
         launches, states, totals, _ = self.walk(final=False)
         size = (self.B, self.T, self.G)
-        dw = self.q.new_empty((*size, self.V), dtype=self.state_dtype)
+        dw = self.u.view(-1)[: self.B * self.T * self.G * self.V]  # u is read by then
         parts, d_states = torch.empty_like(states), torch.empty_like(states)
         launches += self.value_grads(do, None, totals, dw, parts)
         tile = self.tiles.state_grads

@@ -629,7 +629,7 @@ def _key_grads(
 
     if DELTA:
         # The rule reads its state with the keys: one more query head, strictly causal, whose outputs' gradient is -dv.
-        dr_C = tl.load(dv + out_row[:, None] * V + vs[None, :], mask=in_tv, other=0.0)
+        dv += out_row[:, None] * V + vs[None, :]
     # In every branch the diagonal, which no gate enters, joins dq and dk in fp32 so that it cancels in dg.
     if GATE < 2:
         weight = tl.full([C, C], 1.0, tl.float32) * scale
@@ -680,7 +680,7 @@ def _key_grads(
                 push += tl.sum(q_C.to(tl.float32) * dq_C, 1)
             tl.store(dq + (rows + r)[:, None] * K + ks[None, :], dq_C.to(dq.dtype.element_ty), mask=in_tk)
         if DELTA:
-            dr_C = _cast(dr_C, DT, HALF)
+            dr_C = _cast(tl.load(dv, mask=in_tv, other=0.0), DT, HALF)
             da = tl.dot(dr_C, tl.trans(v_C), input_precision=PREC)
             da_T = tl.dot(v_C, tl.trans(dr_C), input_precision=PREC)
             dq_C = tl.dot(dr_C, tl.trans(state), input_precision=PREC)
@@ -749,7 +749,7 @@ def _key_grads(
                 dk_C = tl.dot(_cast(tl.where(later_T, da_T, 0.0), DT, HALF), q_x, dk_C, input_precision=PREC)
                 dk_C += diagonal * q_x.to(tl.float32)
             if DELTA:
-                dr_C = _cast(dr_C, DT, HALF)
+                dr_C = _cast(tl.load(dv, mask=in_tv, other=0.0), DT, HALF)
                 dq_C = tl.dot(dr_C, tl.trans(state), input_precision=PREC) * half[None, :]
                 if STARTS:
                     dq_C = tl.where(sees[:, None], dq_C, 0.0)
@@ -818,7 +818,7 @@ def _key_grads(
                 dq_C *= scale
                 tl.store(dq + (rows + r)[:, None] * K + ks[None, :], dq_C.to(dq.dtype.element_ty), mask=in_tk)
             if DELTA:
-                dr_C = _cast(dr_C, DT, HALF)
+                dr_C = _cast(tl.load(dv, mask=in_tv, other=0.0), DT, HALF)
                 da = tl.where(later, tl.dot(dr_C, tl.trans(v_C), input_precision=PREC), 0.0)
                 da_T = tl.where(later_T, tl.dot(v_C, tl.trans(dr_C), input_precision=PREC), 0.0)
                 dq_C = tl.dot(dr_C, tl.trans(state), input_precision=PREC) * reach

@@ -93,6 +93,62 @@ def gated_linear_tiles(
 
 
 @dataclass(frozen=True)
+class DeltaTiles:
+    """The launches of `gated_delta_rule`, forward and backward; in the first, the block of value dims is a loop's."""
+
+    chunk: int
+    solve: Tile
+    states: Tile
+    outputs: Tile
+    value_grads: Tile
+    state_grads: Tile
+    key_grads: Tile
+    segments: int = 1  # its walk cannot be cut: what a chunk does to the state is a full matrix
+
+
+@cache
+def delta_tiles(
+    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int
+) -> DeltaTiles | None:
+    """Return the tiles for one shape, or None where no kernel serves it.
+
+    Args:
+        dtype: of q, k, v.
+        key_dim: K.
+        value_dim: V.
+        pairs: B * G, the number of states.
+        repeat: R.
+        tokens: T.
+    """
+    shared = gated_linear_tiles(dtype, key_dim, value_dim, pairs, repeat, tokens)
+    if shared is None:
+        return None
+    key, value = _power(key_dim), _power(value_dim)
+    columns = min(value, 32 if key <= 128 and pairs * (value // 32) >= 100 else 16)
+    if dtype != torch.bfloat16:
+        # wgmma, which needs 4 warps, would take accumulators transposed in tf32
+        walk = Tile(key, 16, warps=2, stages=1)
+        return DeltaTiles(
+            chunk=shared.chunk,
+            solve=Tile(key, min(value, 64), stages=1),
+            states=walk,
+            outputs=shared.outputs,
+            value_grads=Tile(key, min(value, 32), stages=1),
+            state_grads=walk,
+            key_grads=shared.key_grads,
+        )
+    return DeltaTiles(
+        chunk=shared.chunk,
+        solve=Tile(key, min(value, 64), warps=4 if key <= 128 else 8, stages=1),
+        states=Tile(key, columns, stages=2),
+        outputs=shared.outputs,
+        value_grads=Tile(key, min(value, 64), warps=4 if key <= 128 else 8, stages=1),
+        state_grads=Tile(key, columns, stages=2),
+        key_grads=shared.key_grads,
+    )
+
+
+@dataclass(frozen=True)
 class Blocks:
     """One launch over blocks of queries and keys."""
 

@@ -25,7 +25,7 @@ transposed layout in shared memory that no `tl.trans` shows): A^T is its own pro
 accumulators are made in the orientation that they are used in. `tests/kernels/test_compiled.py` scans for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -486,14 +486,15 @@ def _state_grads(
 
 @triton.jit(do_not_specialize=["T", "G", "N"])
 def _value_grads(
-    q, k, gate, starts, do, d_states, totals, dv,
+    q, k, gate, starts, do, d_states, totals, dv, parts,
     T, G, N, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, NORM: tl.constexpr, LIMIT: tl.constexpr,
+    GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, DELTA: tl.constexpr, LIMIT: tl.constexpr,
     DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
+    # DELTA: without the part that d_states brings, whose first summands go to `parts` (see `delta_triton`).
     n, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
     H = G * R
@@ -514,11 +515,17 @@ def _value_grads(
     in_tv = in_t[:, None] & in_v[None, :]
     k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
     tile = slot * K * V + ks[:, None] * V + vs[None, :]
-    d_state = _cast(tl.load(d_states + tile, mask=in_k[:, None] & in_v[None, :], other=0.0), DT, HALF)
+    in_tile = in_k[:, None] & in_v[None, :]
+    if DELTA:
+        part = tl.zeros([BK, BV], tl.float32)
+    else:
+        d_state = _cast(tl.load(d_states + tile, mask=in_tile, other=0.0), DT, HALF)
     visible_T = c[:, None] <= c[None, :]
     write = in_t
+    sees = in_t
     if STARTS:
         first = tl.load(starts + b * T + t, mask=in_t, other=T).to(tl.int32)
+        sees = first < begin
         visible_T = visible_T & (first[None, :] <= t[:, None])
         write = in_t & (t >= tl.load(starts + b * T + tl.minimum(begin + C, T) - 1))
     q += b * q_b + h * R * q_h + at * q_t
@@ -526,22 +533,32 @@ def _value_grads(
     out = dv + ((b * T + t) * G + h)[:, None] * V + vs[None, :]
     if GATE < 2:
         k_d = _cast(k_C, DT, HALF)
-        dv_C = tl.dot(k_d, d_state, input_precision=PREC)
+        if DELTA:
+            dv_C = tl.zeros([C, BV], tl.float32)
+            reach = tl.where(sees, scale, 0.0)
+        else:
+            dv_C = tl.dot(k_d, d_state, input_precision=PREC)
         if GATE == 1:
             p = gate + b * g_b + h * g_h + at * g_t
             g_C = tl.maximum(tl.load(p + c * g_t, mask=in_t, other=0.0).to(tl.float32), -100.0)
-            after = tl.load(p + (c + 1) * g_t, mask=(c < C - 1) & (t + 1 < T), other=0.0).to(tl.float32)
-            dv_C *= tl.exp(tl.cumsum(tl.maximum(after, -100.0), 0, reverse=True))[:, None]
+            if DELTA:
+                reach *= tl.exp(tl.cumsum(g_C, 0))
+            else:
+                after = tl.load(p + (c + 1) * g_t, mask=(c < C - 1) & (t + 1 < T), other=0.0).to(tl.float32)
+                dv_C *= tl.exp(tl.cumsum(tl.maximum(after, -100.0), 0, reverse=True))[:, None]
             weight_T = tl.where(visible_T, tl.exp(_segments_T(g_C, c, DT)) * scale, 0.0)
         else:
             weight_T = tl.where(visible_T, scale, 0.0)
-        if STARTS:
+        if STARTS and not DELTA:
             dv_C = tl.where(write[:, None], dv_C, 0.0)
         for r in range(0, R):
             q_C = _cast(tl.load(q + r * q_h + c[:, None] * q_t + ks[None, :], mask=in_tk, other=0.0), DT, HALF)
             do_C = _cast(tl.load(do + (rows + r)[:, None] * V + vs[None, :], mask=in_tv, other=0.0), DT, HALF)
             a_T = tl.dot(k_d, tl.trans(q_C), input_precision=PREC) * weight_T
             dv_C = tl.dot(_cast(a_T, DT, HALF), do_C, dv_C, input_precision=PREC)
+            if DELTA:
+                do_e = _cast(do_C.to(tl.float32) * reach[:, None], DT, HALF)
+                part = tl.dot(tl.trans(q_C), do_e, part, input_precision=PREC)
         tl.store(out, dv_C.to(dv.dtype.element_ty), mask=in_tv)
     else:
         g_C = tl.load(gate + b * g_b + h * g_h + at * g_t + c[:, None] * g_t + ks[None, :], mask=in_tk, other=0.0)
@@ -550,9 +567,12 @@ def _value_grads(
             x = tl.cumsum(g_C, 0) - 0.5 * decay[None, :]
             e = tl.exp(x) * scale
             k_x = _cast(k_C.to(tl.float32) * tl.exp(-x), DT, HALF)
-            d_state = _cast(d_state.to(tl.float32) * tl.exp(0.5 * decay)[:, None], DT, HALF)
-            dv_C = tl.dot(k_x, d_state, input_precision=PREC)
-            if STARTS:
+            if DELTA:
+                dv_C = tl.zeros([C, BV], tl.float32)
+            else:
+                d_state = _cast(d_state.to(tl.float32) * tl.exp(0.5 * decay)[:, None], DT, HALF)
+                dv_C = tl.dot(k_x, d_state, input_precision=PREC)
+            if STARTS and not DELTA:
                 dv_C = tl.where(write[:, None], dv_C, 0.0)
             for r in range(0, R):
                 q_C = tl.load(q + r * q_h + c[:, None] * q_t + ks[None, :], mask=in_tk, other=0.0)
@@ -560,6 +580,12 @@ def _value_grads(
                 q_x = _cast(q_C.to(tl.float32) * e, DT, HALF)
                 a_T = tl.where(visible_T, tl.dot(k_x, tl.trans(q_x), input_precision=PREC), 0.0)
                 dv_C = tl.dot(_cast(a_T, DT, HALF), do_C, dv_C, input_precision=PREC)
+                if DELTA:
+                    if STARTS:
+                        do_C = tl.where(sees[:, None], do_C, 0.0)
+                    part = tl.dot(tl.trans(q_x), do_C, part, input_precision=PREC)
+            if DELTA:
+                part *= tl.exp(0.5 * decay)[:, None]
             tl.store(out, dv_C.to(dv.dtype.element_ty), mask=in_tv)
         else:
             in_Tk = in_t[None, :] & in_k[:, None]
@@ -570,9 +596,14 @@ def _value_grads(
             i, t_ = c[:, None], c[None, :]
             i_T, t_T = c[None, :], c[:, None]
             k_f = k_C.to(tl.float32)
-            rest = tl.exp(_sums(tl.where(t_ > i, 1.0, 0.0), g_C, GDT))
-            dv_C = tl.dot(_cast(k_f * rest, DT, HALF), d_state, input_precision=PREC)
-            if STARTS:
+            if DELTA:
+                dv_C = tl.zeros([C, BV], tl.float32)
+                reach_T = tl.exp(_sums_T(g_T, tl.where(t_T <= i_T, 1.0, 0.0), GDT))
+                reach_T = tl.where(sees[None, :], reach_T, 0.0)
+            else:
+                rest = tl.exp(_sums(tl.where(t_ > i, 1.0, 0.0), g_C, GDT))
+                dv_C = tl.dot(_cast(k_f * rest, DT, HALF), d_state, input_precision=PREC)
+            if STARTS and not DELTA:
                 dv_C = tl.where(write[:, None], dv_C, 0.0)
             _, level = _safe_block(g_C, i, t_, GDT, LIMIT)
             for r in range(0, R):
@@ -593,18 +624,22 @@ def _value_grads(
                     q_lT = _cast(q_f * tl.exp(_sums_T(g_T, sums_T, GDT)), DT, HALF)
                     a_T += tl.where(visible_T & pairs_T, tl.dot(k_l, q_lT, input_precision=PREC), 0.0)
                 dv_C += tl.dot(_cast(a_T, DT, HALF), do_C, input_precision=PREC)
+                if DELTA:
+                    part += tl.dot(_cast(q_f * reach_T, DT, HALF), do_C, input_precision=PREC)
             tl.store(out, dv_C.to(dv.dtype.element_ty), mask=in_tv)
+    if DELTA:
+        tl.store(parts + tile, part.to(parts.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit(do_not_specialize=["T", "G", "N"])
 def _key_grads(
-    q, k, v, gate, starts, do, d_sums, states, norms, d_states, d_norms, totals, dq, dk, dg,
+    q, k, v, gate, starts, do, d_sums, states, norms, d_states, d_norms, totals, dv, dq, dk, dg,
     T, G, N, scale, dg_part,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, NORM: tl.constexpr, LIMIT: tl.constexpr,
-    DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
+    GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, NORM: tl.constexpr, DELTA: tl.constexpr,
+    LIMIT: tl.constexpr, DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_k, n, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
@@ -655,6 +690,9 @@ def _key_grads(
         norm = tl.load(norms + slot * K + ks, mask=in_k, other=0.0)
         d_norm = tl.load(d_norms + slot * K + ks, mask=in_k, other=0.0)
 
+    if DELTA:
+        # The rule reads its state with the keys: one more query head, strictly causal, whose outputs' gradient is -dv.
+        dv += out_row[:, None] * V + vs[None, :]
     # In every branch the diagonal, which no gate enters, joins dq and dk in fp32 so that it cancels in dg.
     if GATE < 2:
         weight = tl.full([C, C], 1.0, tl.float32) * scale
@@ -704,9 +742,26 @@ def _key_grads(
             if GATE == 1:
                 push += tl.sum(q_C.to(tl.float32) * dq_C, 1)
             tl.store(dq + (rows + r)[:, None] * K + ks[None, :], dq_C.to(dq.dtype.element_ty), mask=in_tk)
-        tl.store(dk, dk_C.to(dk.dtype.element_ty), mask=in_tk)
+        if DELTA:
+            dr_C = _cast(tl.load(dv, mask=in_tv, other=0.0), DT, HALF)
+            da = tl.dot(dr_C, tl.trans(v_C), input_precision=PREC)
+            da_T = tl.dot(v_C, tl.trans(dr_C), input_precision=PREC)
+            dq_C = tl.dot(dr_C, tl.trans(state), input_precision=PREC)
+            dq_C *= tl.where(sees, 1.0, 0.0)[:, None]
+            if GATE == 1:
+                dq_C *= tl.exp(tl.cumsum(g_C, 0))[:, None]
+                da *= tl.exp(_segments(g_C, c, DT))
+                da_T *= tl.exp(_segments_T(g_C, c, DT))
+            dq_C = tl.dot(_cast(tl.where(later, da, 0.0), DT, HALF), k_d, dq_C, input_precision=PREC)
+            dk_C -= tl.dot(_cast(tl.where(later_T, da_T, 0.0), DT, HALF), k_d, input_precision=PREC)
+            if GATE == 1:
+                push -= tl.sum(k_C.to(tl.float32) * dq_C, 1)
         if GATE == 1:
             push -= tl.sum(k_C.to(tl.float32) * dk_C, 1)
+        if DELTA:
+            dk_C -= dq_C
+        tl.store(dk, dk_C.to(dk.dtype.element_ty), mask=in_tk)
+        if GATE == 1:
             dg_C = tl.cumsum(push, 0, reverse=True) + through
             tl.store(dg + i_k * dg_part + out_row, dg_C.to(dg.dtype.element_ty), mask=in_t)
     else:
@@ -756,9 +811,23 @@ def _key_grads(
                     da_T += d_sum[None, :]
                 dk_C = tl.dot(_cast(tl.where(later_T, da_T, 0.0), DT, HALF), q_x, dk_C, input_precision=PREC)
                 dk_C += diagonal * q_x.to(tl.float32)
+            if DELTA:
+                dr_C = _cast(tl.load(dv, mask=in_tv, other=0.0), DT, HALF)
+                dq_C = tl.dot(dr_C, tl.trans(state), input_precision=PREC) * half[None, :]
+                if STARTS:
+                    dq_C = tl.where(sees[:, None], dq_C, 0.0)
+                da = tl.where(later, tl.dot(dr_C, tl.trans(v_C), input_precision=PREC), 0.0)
+                da_T = tl.where(later_T, tl.dot(v_C, tl.trans(dr_C), input_precision=PREC), 0.0)
+                dq_C = tl.dot(_cast(da, DT, HALF), k_x, dq_C, input_precision=PREC)
+                q_x = _cast(k_f * e, DT, HALF)
+                dk_C -= tl.dot(_cast(da_T, DT, HALF), q_x, input_precision=PREC)
+                push -= q_x.to(tl.float32) * dq_C
             push -= k_x.to(tl.float32) * dk_C
+            dk_C /= e
+            if DELTA:
+                dk_C -= dq_C * e
             dg_C = _from_here(push, i, t_, DT) + through[None, :]
-            tl.store(dk, (dk_C / e).to(dk.dtype.element_ty), mask=in_tk)
+            tl.store(dk, dk_C.to(dk.dtype.element_ty), mask=in_tk)
             tl.store(dg, dg_C.to(dg.dtype.element_ty), mask=in_tk)
         else:
             x, level = _safe_block(g_C, i, t_, GDT, LIMIT)
@@ -811,6 +880,27 @@ def _key_grads(
                     dk_C += dk_l * e
                 dq_C *= scale
                 tl.store(dq + (rows + r)[:, None] * K + ks[None, :], dq_C.to(dq.dtype.element_ty), mask=in_tk)
+            if DELTA:
+                dr_C = _cast(tl.load(dv, mask=in_tv, other=0.0), DT, HALF)
+                da = tl.where(later, tl.dot(dr_C, tl.trans(v_C), input_precision=PREC), 0.0)
+                da_T = tl.where(later_T, tl.dot(v_C, tl.trans(dr_C), input_precision=PREC), 0.0)
+                dq_C = tl.dot(dr_C, tl.trans(state), input_precision=PREC) * reach
+                push -= k_f * dq_C
+                dk_C -= dq_C
+                q_x = _cast(k_f * e_x, DT, HALF)
+                dq_l = tl.dot(_cast(tl.where(block, da, 0.0), DT, HALF), k_x, input_precision=PREC)
+                dk_l = tl.dot(_cast(tl.where(block, da_T, 0.0), DT, HALF), q_x, input_precision=PREC)
+                push -= q_x.to(tl.float32) * dq_l - k_x.to(tl.float32) * dk_l
+                dk_C -= dq_l * e_x + dk_l / e_x
+                for level_ in range(level, LOG_C):
+                    e = tl.exp(_sums(_level_matrix(i, t_, level_), g_C, GDT))
+                    k_l = _cast(k_f * e, DT, HALF)
+                    da_l = tl.where(_level_pairs(i, t_, level_), da, 0.0)
+                    da_lT = tl.where(_level_pairs(t_, i, level_), da_T, 0.0)
+                    dq_l = tl.dot(_cast(da_l, DT, HALF), k_l, input_precision=PREC)
+                    dk_l = tl.dot(_cast(da_lT, DT, HALF), k_l, input_precision=PREC)
+                    push -= k_l.to(tl.float32) * (dq_l - dk_l)
+                    dk_C -= (dq_l + dk_l) * e
             dg_C = _from_here(push, i, t_, DT) + through[None, :]
             tl.store(dk, dk_C.to(dk.dtype.element_ty), mask=in_tk)
             tl.store(dg, dg_C.to(dg.dtype.element_ty), mask=in_tk)
@@ -863,6 +953,11 @@ def _blocks(size: int, block: int) -> int:
 class Call:
     """Shapes, strides and compile-time constants that the launches of one call share."""
 
+    @staticmethod
+    def table(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int) -> Tiles | None:
+        """The tiles of a shape."""
+        return gated_linear_tiles(dtype, key_dim, value_dim, pairs, repeat, tokens)
+
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor | None,
         initial_state: Tensor | None, initial_norm: Tensor | None, scale: float, with_normalizer: bool,
@@ -875,7 +970,7 @@ class Call:
         self.R = self.H // self.G
         self.scale, self.norm = scale, with_normalizer
         mode = _gate_mode(log_decay)
-        tiles = gated_linear_tiles(q.dtype, self.K, self.V, self.B * self.G, self.R, self.T)
+        tiles = self.table(q.dtype, self.K, self.V, self.B * self.G, self.R, self.T)
         if tiles is None:
             raise ValueError(f"no Triton kernel for {q.dtype} with key dim {self.K} and value dim {self.V}.")
         self.tiles: Tiles = tiles
@@ -891,6 +986,7 @@ class Call:
             "GATE": mode,
             "STARTS": starts is not None,
             "NORM": with_normalizer,
+            "DELTA": False,
             "INIT": initial_state is not None or initial_norm is not None,
             "R": self.R,
             "K": self.K,
@@ -927,7 +1023,9 @@ class Call:
         """A launch of `kernel` with what all launches share."""
         return Launch(kernel, grid, args, self.constants, constants, tile.warps, tile.stages)
 
-    def walk(self, kernel: object, tile: Tile, args: Callable[..., tuple[object, ...]], **more: object) -> list[Launch]:
+    def segmented(
+        self, kernel: object, tile: Tile, args: Callable[..., tuple[object, ...]], **more: object
+    ) -> list[Launch]:
         """The launches of a walk over the chunks; `args` takes the buffers of the segments' summaries."""
         segments = self.tiles.segments
         split = segments > 1
@@ -960,33 +1058,35 @@ class Call:
             given = (self.k, self.v, self.gate, self.starts, self.s_0, self.z_0)
             return *given, *summaries, *before, *last, *self.sizes, self.segment, *k_s, *v_s, *g_s
 
-        return self.walk(_states, self.tiles.states, args, FINAL=final), (*before, *last)
+        return self.segmented(_states, self.tiles.states, args, FINAL=final), (*before, *last)
 
     def forward(self) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Launches of the forward, and o, sums, last state, last norm."""
-        first, (states, norms, totals, s_T, z_T) = self.states(final=True)
+        first, (*before, s_T, z_T) = self.states(final=True)
         o = self.v.new_empty((self.B, self.T, self.H, self.V))
         sums = self.q.new_empty((self.B, self.T, self.H) if self.norm else (0,), dtype=torch.float32)
+        return [*first, *self.outputs(before, o, sums)], (o, sums, s_T, z_T)
+
+    def outputs(self, before: Sequence[Tensor | None], o: Tensor, sums: Tensor | None) -> list[Launch]:
+        """The launches of `_outputs`, which fill o and sums; `before` as `states` fills it."""
         tile = self.tiles.outputs
         grid = (self.N, _blocks(self.V, tile.value), self.B * self.G)
         args = (
-            self.q, self.k, self.v, self.gate, self.starts, states, norms, totals, o, sums, *self.sizes, self.scale,
+            self.q, self.k, self.v, self.gate, self.starts, *before, o, sums, *self.sizes, self.scale,
             *(n for s in self.strides for n in s),
         )  # fmt: skip
-        rest = [
-            self.launch(_outputs, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value) for steep in self.slopes
-        ]
-        return [*first, *rest], (o, sums, s_T, z_T)
+        shape = {"BK": tile.key, "BV": tile.value}
+        return [self.launch(_outputs, grid, tile, args, STEEP=steep, **shape) for steep in self.slopes]
 
     def backward(
         self, do: Tensor, d_sums: Tensor | None, d_state: Tensor | None, d_norm: Tensor | None
     ) -> tuple[list[Launch], tuple[Tensor, ...]]:
         """Launches of the backward, and the gradients of q, k, v, gates (in parts), first state, first norm."""
-        first, (states, norms, totals, _, _) = self.states(final=False)
-        d_states, d_norms = torch.empty_like(states), self.scratch(self.N, self.K, when=self.norm)
+        first, (*before, _, _) = self.states(final=False)
+        d_states, d_norms = torch.empty_like(before[0]), self.scratch(self.N, self.K, when=self.norm)
         init = bool(self.constants["INIT"])
         ds_0, dz_0 = self.new(self.K, self.V, when=init), self.new(self.K, when=init and self.norm)
-        q_s, k_s, v_s, g_s = self.strides
+        q_s, _, _, g_s = self.strides
         given = (self.q, do, self.gate, self.starts, d_sums, d_state, d_norm)
 
         def walked(*summaries: Tensor | None) -> tuple[object, ...]:
@@ -994,31 +1094,49 @@ class Call:
             return *given, *summaries, *filled, *self.sizes, self.segment, self.scale, *q_s, *g_s
 
         ends = {"FINAL": d_state is not None, "NORM_FINAL": self.norm and d_norm is not None}
-        launches = first + self.walk(_state_grads, self.tiles.state_grads, walked, **ends)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (self.q, self.k, self.v))
+        second = self.segmented(_state_grads, self.tiles.state_grads, walked, **ends)
+        dv = self.v.new_empty(self.v.shape)
+        values = self.value_grads(do, d_states, before[2], dv)
+        keys, (dq, dk, dg) = self.key_grads(do, d_sums, before, d_states, d_norms)
+        return [*first, *second, *values, *keys], (dq, dk, dv, dg, ds_0, dz_0)
+
+    def value_grads(
+        self, do: Tensor, d_states: Tensor | None, totals: Tensor | None, dv: Tensor, parts: Tensor | None = None
+    ) -> list[Launch]:
+        """The launches of `_value_grads`, which fill dv, and parts for the delta rule."""
         tile = self.tiles.value_grads
-        args: tuple[object, ...] = (
-            self.q, self.k, self.gate, self.starts, do, d_states, totals, dv, *self.sizes, self.scale, *q_s, *k_s, *g_s
+        q_s, k_s, _, g_s = self.strides
+        args = (
+            self.q, self.k, self.gate, self.starts, do, d_states, totals, dv, parts, *self.sizes, self.scale,
+            *q_s, *k_s, *g_s,
         )  # fmt: skip
         grid = (self.N, _blocks(self.V, tile.value), self.B * self.G)
-        for steep in self.slopes:
-            launches.append(self.launch(_value_grads, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value))
+        shape = {"BK": tile.key, "BV": tile.value}
+        return [self.launch(_value_grads, grid, tile, args, STEEP=steep, **shape) for steep in self.slopes]
+
+    def key_grads(
+        self, do: Tensor, d_sums: Tensor | None, before: Sequence[Tensor | None], d_states: Tensor,
+        d_norms: Tensor | None, dv: Tensor | None = None,
+    ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+        """The launches of `_key_grads`, and the gradients of q, k and gates (in parts); dv for the delta rule."""
         tile = self.tiles.key_grads
-        parts = _blocks(self.K, tile.key)
+        blocks = _blocks(self.K, tile.key)
+        dq, dk = (x.new_empty(x.shape) for x in (self.q, self.k))
         if self.gate is None:
             dg = self.q.new_empty((0,))
         elif self.gate.dim() == 4:
             dg = self.gate.new_empty(self.gate.shape)
         else:
-            dg = self.gate.new_empty((parts, *self.gate.shape), dtype=torch.float32)
+            dg = self.gate.new_empty((blocks, *self.gate.shape), dtype=torch.float32)
+        states, norms, totals = before
         args = (
-            self.q, self.k, self.v, self.gate, self.starts, do, d_sums, states, norms, d_states, d_norms, totals,
+            self.q, self.k, self.v, self.gate, self.starts, do, d_sums, states, norms, d_states, d_norms, totals, dv,
             dq, dk, dg, *self.sizes, self.scale, self.B * self.T * self.G, *(n for s in self.strides for n in s),
         )  # fmt: skip
-        grid = (parts, self.N, self.B * self.G)
-        for steep in self.slopes:
-            launches.append(self.launch(_key_grads, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value))
-        return launches, (dq, dk, dv, dg, ds_0, dz_0)
+        grid = (blocks, self.N, self.B * self.G)
+        shape = {"BK": tile.key, "BV": tile.value}
+        launches = [self.launch(_key_grads, grid, tile, args, STEEP=steep, **shape) for steep in self.slopes]
+        return launches, (dq, dk, dg)
 
 
 def _run_forward(

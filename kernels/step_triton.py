@@ -30,14 +30,14 @@ def _softmax_block(q, k_N, v_N, visible, acc, top, total, scale, PREC: tl.conste
 def _step(
     q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
     q_m, k_m, v_m, gate, beta, state, norm, o_m, sums,
-    G, W, S, scale_w, scale_m,
+    G, W, S, scale_w, scale_m, eps,
     q_w_b, q_w_h, k_w_b, k_w_h, v_w_b, v_w_h, k_r_b, k_r_s, k_r_h, v_r_b, v_r_s, v_r_h,
     k_s_b, k_s_s, k_s_h, v_s_b, v_s_s, v_s_h, q_m_b, q_m_h, k_m_b, k_m_h, v_m_b, v_m_h, g_b, g_h, b_b, b_h,
     R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KM: tl.constexpr, BKM: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, NV: tl.constexpr,
     FULL_V: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     MEMORY: tl.constexpr, WINDOW: tl.constexpr, WRITE: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr,
-    NORM: tl.constexpr, PREC: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     part, pair = tl.program_id(0), tl.program_id(1)
     b, g = (pair // G).to(tl.int64), pair % G
@@ -57,14 +57,19 @@ def _step(
                 decay *= tl.exp(tl.load(gate + b * g_b + g * g_h).to(tl.float32))
             elif GATE == 2:
                 decay = tl.exp(tl.load(gate + b * g_b + g * g_h + ks, mask=in_k, other=0.0).to(tl.float32))
-            s = s * decay[:, None]
-            if beta is not None:
+            s *= decay[:, None]
+            if UNIT:
+                key *= tl.rsqrt(tl.sum(key * key) + eps)
+            if DELTA:
                 strength = tl.load(beta + b * b_b + g * b_h).to(tl.float32)
-                value = (value - tl.sum(key[:, None] * s, 0)) * strength
+                value = strength * (value - tl.sum(key[:, None] * s, 0))
             s += key[:, None] * value[None, :]
             tl.store(state + tile, s, mask=in_tile)
             for r in tl.static_range(R):
-                q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32) * scale_m
+                q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+                if UNIT:
+                    q *= tl.rsqrt(tl.sum(q * q) + eps)
+                q *= scale_m
                 out = tl.sum(q[:, None] * s, 0)
                 tl.store(o_m + (b * G * R + g * R + r) * V + vs, out.to(o_m.dtype.element_ty), mask=in_v)
             if NORM:  # noqa: SIM102
@@ -161,7 +166,7 @@ def _run(
     q_w: Tensor | None, k_w: Tensor | None, v_w: Tensor | None, k_ring: Tensor | None, v_ring: Tensor | None,
     sink_k: Tensor | None, sink_v: Tensor | None, length: Tensor | None, q_m: Tensor | None, k_m: Tensor | None,
     v_m: Tensor | None, gate: Tensor | None, beta: Tensor | None, state: Tensor | None, norm: Tensor | None,
-    scale_w: float, scale_m: float, write: bool,
+    scale_w: float, scale_m: float, write: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q_w, k_w, v_w, q_m, k_m, v_m = (_unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
     q = q_m if q_w is None else q_w
@@ -183,7 +188,7 @@ def _run(
     args = (
         q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
         q_m, k_m, v_m, gate, beta, state, norm, o_m, sums,
-        G, k_ring.shape[1] if window else 1, 0 if sink_k is None else sink_k.shape[1], scale_w, scale_m,
+        G, k_ring.shape[1] if window else 1, 0 if sink_k is None else sink_k.shape[1], scale_w, scale_m, eps,
         *_strides(q_w, 2), *_strides(k_w, 2), *_strides(v_w, 2), *_strides(k_ring, 3), *_strides(v_ring, 3),
         *_strides(sink_k, 3), *_strides(sink_v, 3), *_strides(q_m, 2), *_strides(k_m, 2), *_strides(v_m, 2),
         *_strides(gate, 2), *_strides(beta, 2),
@@ -193,10 +198,10 @@ def _run(
         "KM": KM, "BKM": max(16, triton.next_power_of_2(KM)), "BV": block_v, "NV": parts,
         "FULL_V": full_v, "ROWS": max(16, triton.next_power_of_2(H // G)), "N": 32, "MEMORY": memory, "WINDOW": window,
         "WRITE": write, "SINKS": sink_k is not None, "GATE": 0 if gate is None else gate.dim() - 1,
-        "NORM": norm is not None, "PREC": "tf32x3",
+        "NORM": norm is not None, "DELTA": beta is not None, "UNIT": eps > 0, "PREC": "tf32x3",
     }  # fmt: skip
     given = (q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm)
-    key = ("step", layout(*given), scale_w, scale_m, write)
+    key = ("step", layout(*given), scale_w, scale_m, write, eps)
     run([Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], key)
     return o_w, lse, row_max, o_m, sums
 
@@ -228,7 +233,7 @@ def _launch(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @_op.register_fake
 def _(
     q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm, scale_w, scale_m,
-    write,
+    write, eps,
 ):  # fmt: skip
     q = q_m if q_w is None else q_w
     return _outputs(q, v_m if v_ring is None else v_ring, norm, state is not None, k_ring is not None)
@@ -239,17 +244,17 @@ def gated_linear_step_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `gated_linear_step` (see there for shapes) in one launch."""
     _, _, _, o, sums = _launch(
-        None, None, None, None, None, None, None, None, q, k, v, log_decay, None, state, norm, 1.0, scale, False
+        None, None, None, None, None, None, None, None, q, k, v, log_decay, None, state, norm, 1.0, scale, False, 0.0
     )
     return o, None if norm is None else sums
 
 
 def gated_delta_step_triton(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, eps: float
 ) -> Tensor:
-    """Run `gated_delta_step` (see there for shapes; unit keys) in one launch."""
+    """Run `gated_delta_step` (see there for shapes) in one launch; with `eps` above 0, q and k become unit first."""
     return _launch(
-        None, None, None, None, None, None, None, None, q, k, v, log_decay, beta, state, None, 1.0, scale, False
+        None, None, None, None, None, None, None, None, q, k, v, log_decay, beta, state, None, 1.0, scale, False, eps
     )[3]
 
 
@@ -264,25 +269,9 @@ def window_step_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `window_step` (see there for shapes) in one launch."""
     o, lse, row_max, _, _ = _launch(
-        q,
-        None,
-        None,
-        k_ring,
-        v_ring,
-        sink_k,
-        sink_v,
-        length,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        None,
-        scale,
-        1.0,
-        False,
-    )
+        q, None, None, k_ring, v_ring, sink_k, sink_v, length, None, None, None, None, None, None, None, scale, 1.0,
+        False, 0.0,
+    )  # fmt: skip
     return o, lse, row_max
 
 
@@ -294,6 +283,6 @@ def hybrid_step_triton(
     """Run `hybrid_step` (see there for shapes) in one launch."""
     o_w, lse, row_max, o_m, sums = _launch(
         q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, log_decay, beta, state, norm, scale_w,
-        scale_m, True,
+        scale_m, True, 0.0,
     )  # fmt: skip
     return o_w, lse, row_max, o_m, None if norm is None else sums

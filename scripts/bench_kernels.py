@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from linearize.kernels import reference
-from linearize.kernels.delta import gated_delta_rule
+from linearize.kernels.delta import L2_EPS, gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
 from linearize.kernels.window import window_attention
@@ -43,6 +43,7 @@ SHAPES = {
     "B8 T2048 H9 G3 D64": (8, 2048, 9, 3, 64),
 }
 GATES = ("none", "fixed", "scalar", "vector")
+OPS = ("linear", "window", "hybrid", "delta")
 HARSH = (0.0, -1e-6, -1.0, -20.0, -1e30)
 
 
@@ -172,32 +173,55 @@ def hybrid_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int,
     return compare(names, run, truth, tensors)
 
 
-def delta_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, packed: bool = False,
-                 top: float = 1.0, device: str = "cuda") -> dict[str, float]:  # fmt: skip
-    """Errors of the gated delta rule."""
-    g = gates(gate, (B, T, G, K), device)
-    k = F.normalize(torch.randn(B, T, G, K, device=device), dim=-1)
-    q = F.normalize(torch.randn(B, T, H, K, device=device), dim=-1)
+def delta_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, harsh: bool = False,
+                 packed: bool = False, top: float = 1.0, unit: bool = False,
+                 device: str = "cuda") -> dict[str, float]:  # fmt: skip
+    """Errors of the gated delta rule, beta in [0, top]; `unit` leaves it to the op to scale q and k to unit length."""
+    g = gates(gate, (B, T, G, K), device, harsh)
+    k, q = torch.randn(B, T, G, K, device=device), torch.randn(B, T, H, K, device=device)
+    if not unit:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     v, beta = torch.randn(B, T, G, V, device=device), torch.rand(B, T, G, device=device) * top
-    tensors = [None if x is None else x.to(dtype) for x in (q, k, v, beta, g)] + [
-        torch.randn(B, G, K, V, device=device)
-    ]
+    beta[:, :1] = 0.0
+    if g is not None and gate != "fixed":
+        g = g.to(dtype)
+    tensors = [x.to(dtype) for x in (q, k, v, beta)] + [g, torch.randn(B, G, K, V, device=device)]
     starts = documents(B, T, device) if packed else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s: Tensor) -> list[Tensor]:
-        out = gated_delta_rule(q, k, v, beta, g, scale=0.5, starts=starts, initial_state=s)
+        out = gated_delta_rule(q, k, v, beta, g, scale=0.5, starts=starts, initial_state=s, l2norm=unit)
         return [out.o, out.state]
 
     def truth(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s: Tensor) -> list[Tensor]:
+        if unit:
+            q, k = (x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() for x in (q, k))
         return list(reference.gated_delta_reference(q, k, v, beta, g, scale=0.5, starts=starts, initial_state=s))
 
     return compare(["q", "k", "v", "beta", "g", "state"], run, truth, tensors)
+
+
+def delta_checks(dtype: torch.dtype, dims: tuple[int, ...]) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """Named checks of the gated delta rule."""
+    for dim, gate in itertools.product(dims, GATES):
+        run = partial(delta_errors, gate, dtype)
+        yield f"delta {gate} {dim}", partial(run, 2, 150, 6, 2, dim, dim, unit=dim == 64)
+        yield f"delta {gate} packed {dim}", partial(run, 2, 150, 8, 2, dim, dim, packed=True)
+        if gate in ("scalar", "vector"):
+            yield f"delta {gate} harsh {dim}", partial(run, 2, 150, 8, 2, dim, dim, harsh=True)
+    for gate in ("none", "scalar"):
+        word = "undamped" if gate == "none" else "reflections"
+        yield f"delta {gate} {word}", partial(delta_errors, gate, dtype, 2, 300, 8, 2, 64, 64, top=2.0)
+    yield "delta scalar many states", partial(delta_errors, "scalar", dtype, 16, 100, 16, 8, 128, 128)
+    yield "delta scalar 64 x 128", partial(delta_errors, "scalar", dtype, 2, 150, 4, 2, 64, 128)
 
 
 def agreement_errors(op: str) -> dict[str, float]:
     """Two runs, and `torch.compile(fullgraph=True)`, against the first run: errors must be 0."""
     (q, k, v), g = inputs_for((2, 300, 8, 2, 64), "vector")
     given = [q, k, v] if op == "window" else [q, k, v, g]
+    beta = torch.rand(2, 300, 2, device="cuda").requires_grad_()
+    if op == "delta":
+        given.append(beta)
 
     def run() -> Tensor:
         if op == "window":
@@ -205,6 +229,8 @@ def agreement_errors(op: str) -> dict[str, float]:
         if op == "hybrid":
             out = hybrid_attention(q, k, v, g, window=64, sinks=4)
             return torch.cat([out.window, out.memory], -1)
+        if op == "delta":
+            return gated_delta_rule(q, k, v, beta, g, l2norm=True).o
         return gated_linear_attention(q, k, v, g).o
 
     do = torch.randn_like(run())
@@ -246,8 +272,10 @@ def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str
             shape = (2, 150, 8, 2, dim, dim)
             run = partial(hybrid_errors, "vector", dtype, *shape, apart=apart, packed=packed)
             yield f"hybrid apart={apart} packed={packed} {shape}", dtype, run
-    for op in ("linear", "window", "hybrid"):
-        yield f"agreement {op}", torch.bfloat16, partial(agreement_errors, op)
+        for name, run in delta_checks(dtype, dims):
+            yield name, dtype, run
+    for op in ("linear", "window", "hybrid", "delta"):
+        yield f"{op} agreement", torch.bfloat16, partial(agreement_errors, op)
 
 
 def _poison() -> None:
@@ -268,9 +296,18 @@ def _check_one(job: tuple[bool, int]) -> tuple[str, torch.dtype, dict[str, float
         return name, dtype, f"{type(error).__name__} {str(error)[:160]}"
 
 
-def check(full: bool, jobs: int) -> bool:
+def bound(name: str, dtype: torch.dtype, tensor: str) -> float:
+    """What is allowed of the relative error of `tensor` in the check `name`."""
+    # A fixed gate's gradient is one number a head, a sum over all tokens that can come out near 0.
+    slack = 10.0 if "fixed" in name and tensor == "dg" else 1.0
+    if "undamped" in name and dtype == torch.bfloat16:  # reflections without decay: no rounding of a state ever fades
+        slack = 2.0
+    return BOUNDS[dtype] * slack
+
+
+def check(full: bool, jobs: int, ops: list[str]) -> bool:
     """Run the checks in `jobs` processes (they mostly compile), print what failed and the worst error of each kind."""
-    work = [(full, index) for index, _ in enumerate(checks(full))]
+    work = [(full, index) for index, (name, _, _) in enumerate(checks(full)) if name.split()[0] in ops]
     random.Random(0).shuffle(work)
     failed, worst = 0, {}
     with multiprocessing.get_context("spawn").Pool(jobs, initializer=_poison) as pool:
@@ -279,9 +316,7 @@ def check(full: bool, jobs: int) -> bool:
                 failed += 1
                 print(f"FAIL {name} {dtype}: {errors}", flush=True)
                 continue
-            # A fixed gate's gradient is one number a head, a sum over all tokens that can come out near 0.
-            slack = {"dg": 10.0} if "fixed" in name else {}
-            bad = {n: f"{e:.1e}" for n, e in errors.items() if e > BOUNDS[dtype] * slack.get(n, 1.0)}
+            bad = {n: f"{e:.1e}" for n, e in errors.items() if e > bound(name, dtype, n)}
             if bad:
                 failed += 1
                 print(f"FAIL {name} {dtype}: {bad}", flush=True)
@@ -356,12 +391,20 @@ def inputs_for(shape: tuple[int, ...], gate: str) -> tuple[list[Tensor], Tensor 
     return qkv, None if g is None else g.bfloat16().requires_grad_()
 
 
-def our_rows(name: str, shape: tuple[int, ...]) -> Iterator[Row]:
+def our_rows(ops: list[str], name: str, shape: tuple[int, ...]) -> Iterator[Row]:
     """Our ops at one shape."""
-    for gate in ("vector", "scalar", "none"):
-        yield linear_row(gate, name, shape)
+    if "linear" in ops:
+        for gate in ("vector", "scalar", "none"):
+            yield linear_row(gate, name, shape)
+    if "delta" in ops:
+        for gate, unit in (("vector", True), ("scalar", True), ("none", True), ("scalar", False)):
+            yield delta_row(gate, unit, name, shape)
     (q, k, v), g = inputs_for(shape, "vector")
-    yield measure("window 64", name, lambda: window_attention(q, k, v, window=64).o, [q, k, v])
+    if "window" in ops:
+        yield measure("window 64", name, lambda: window_attention(q, k, v, window=64).o, [q, k, v])
+
+    if "hybrid" not in ops:
+        return
 
     def hybrid() -> tuple[Tensor, ...]:
         out = hybrid_attention(q, k, v, g, window=64)
@@ -375,6 +418,43 @@ def linear_row(gate: str, name: str, shape: tuple[int, ...]) -> Row:
     (q, k, v), g = inputs_for(shape, gate)
     given = [q, k, v] if g is None else [q, k, v, g]
     return measure(f"linear {gate}", name, lambda: gated_linear_attention(q, k, v, g).o, given)
+
+
+def delta_row(gate: str, unit: bool, name: str, shape: tuple[int, ...]) -> Row:
+    """The gated delta rule with one kind of gate at one shape; `unit` has it scale q and k to unit length."""
+    (q, k, v), g = inputs_for(shape, gate)
+    if not unit:
+        q, k = (F.normalize(x.detach(), dim=-1).requires_grad_() for x in (q, k))
+    beta = torch.rand(k.shape[:3], device="cuda", dtype=torch.bfloat16).requires_grad_()
+    given = [q, k, v, beta] if g is None else [q, k, v, beta, g]
+    title = f"delta {gate}" if unit else f"delta {gate}, no l2norm"
+    return measure(title, name, lambda: gated_delta_rule(q, k, v, beta, g, l2norm=unit).o, given)
+
+
+def fla_delta_rows(name: str, shape: tuple[int, ...]) -> Iterator[Row]:
+    """fla's delta rules on K, V, beta and gates that were repeated to all heads beforehand; a refusal is printed."""
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
+
+    B, T, H, _, D = shape
+    (q, k, v), g = inputs_for((B, T, H, H, D), "vector")
+    assert g is not None
+    g_head = gates("scalar", (B, T, H, D), "cuda").requires_grad_()
+    beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    more = {"scale": 1.0, "use_qk_l2norm_in_kernel": True}
+    for title, given, run in (
+        ("fla chunk_delta_rule", [q, k, v, beta], lambda: chunk_delta_rule(q, k, v, beta, **more)[0]),
+        ("fla chunk_kda", [q, k, v, g, beta], lambda: chunk_kda(q, k, v, g, beta, **more)[0]),
+        (
+            "fla chunk_gated_delta_rule", [q, k, v, g_head, beta],
+            lambda: chunk_gated_delta_rule(q, k, v, g_head, beta, **more)[0],
+        ),
+    ):  # fmt: skip
+        try:
+            yield measure(title, name, run, given)
+        except Exception as refusal:
+            print(f"{title} at {name}: {type(refusal).__name__}: {str(refusal)[:200]}", flush=True)
 
 
 def peer_rows(peers: list[str], name: str, shape: tuple[int, ...]) -> Iterator[Row]:
@@ -407,15 +487,7 @@ def peer_rows(peers: list[str], name: str, shape: tuple[int, ...]) -> Iterator[R
             lambda: chunk_gla(q, *(x.repeat_interleave(H // G, 2) for x in (k, v, g)), scale=1.0)[0], [q, k, v, g],
         )  # fmt: skip
     if "delta" in peers:
-        from fla.ops.delta_rule import chunk_delta_rule
-
-        beta = torch.rand(B, T, G, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        yield measure(
-            "fla chunk_delta_rule, rep.", name,
-            lambda: chunk_delta_rule(
-                q, *(x.repeat_interleave(H // G, 2) for x in (k, v, beta)), scale=1.0, use_qk_l2norm_in_kernel=True
-            )[0], [q, k, v, beta],
-        )  # fmt: skip
+        yield from fla_delta_rows(name, shape)
 
 
 def plot(table: str, target: str) -> None:
@@ -444,28 +516,33 @@ def plot(table: str, target: str) -> None:
     figure.savefig(target, dpi=150, bbox_inches="tight")
 
 
-def decode() -> None:
-    """One decode step of window and memory at the Llama-3-8B shape under a CUDA graph, beside copy bandwidth."""
+def decode(ops: list[str]) -> None:
+    """One decode step at the Llama-3-8B shape under a CUDA graph, beside copy bandwidth."""
     source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
     ms = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
     copy = 2 * source.numel() * 4 / ms / 1e6
     print(f"copy {copy:.0f} GB/s")
-    for batch, layers in ((1, 32), (64, 32), (256, 8)):
-        decode_row(batch, layers, copy)
+    for op, (batch, layers) in itertools.product(("hybrid", "delta"), ((1, 32), (64, 32), (256, 8))):
+        if op in ops:
+            decode_row(op, batch, layers, copy)
 
 
-def decode_row(B: int, layers: int, copy: float) -> None:
-    """One token through `layers` mixers."""
+def decode_row(op: str, B: int, layers: int, copy: float) -> None:
+    """One token through `layers` mixers: window and gated memory, or the delta rule."""
     H, G, D, W = 32, 8, 128, 64
     q, k, v = (torch.randn(B, h, D, device="cuda", dtype=torch.bfloat16) for h in (H, G, G))
     g = gates("vector", (B, 1, G, D), "cuda")[:, 0].bfloat16()
     states = [torch.randn(B, G, D, D, device="cuda") for _ in range(layers)]
     rings = [torch.randn(2, B, W, G, D, device="cuda", dtype=torch.bfloat16) for _ in range(layers)]
     length = torch.full((B,), 1000, device="cuda")
+    beta = torch.rand(B, G, device="cuda")
 
     def token() -> None:
         for state, ring in zip(states, rings, strict=True):
+            if op == "delta":
+                gated_delta_step(q, k, v, beta, g, state, l2norm=True)
+                continue
             hybrid_step(q, k, v, g, state, ring[0], ring[1], length)
 
     token()
@@ -474,13 +551,32 @@ def decode_row(B: int, layers: int, copy: float) -> None:
     with torch.cuda.graph(graph):
         token()
     ms = triton.testing.do_bench(graph.replay, return_mode="median")
-    moved = layers * (2 * states[0].numel() * 4 + rings[0].numel() * 2 + 2 * q.numel() * 2 * 2)
+    window = rings[0].numel() * 2 + q.numel() * 2 * 2 if op == "hybrid" else 0
+    moved = layers * (2 * states[0].numel() * 4 + window + q.numel() * 2 * 2)
     eager = triton.testing.do_bench(token, return_mode="median")
     print(
-        f"decode B={B}: {ms / layers * 1e3:.1f} us a layer in a graph ({eager / layers * 1e3:.1f} eager), "
+        f"decode {op} B={B}: {ms / layers * 1e3:.1f} us a layer in a graph ({eager / layers * 1e3:.1f} eager), "
         f"{moved / ms / 1e6:.0f} GB/s, {moved / ms / 1e6 / copy:.0%} of copy",
         flush=True,
     )
+
+
+def table(rows: list[Row]) -> None:
+    """Forward and backward in ms by op and shape, eager / CUDA graph; for the delta rule, fla's fastest over it."""
+    print(f"\n{'op':28}" + "".join(f"{shape:>24}" for shape in dict.fromkeys(row.shape for row in rows)))
+    peers: dict[str, float] = {}
+    for row in rows:
+        if row.name in ("fla chunk_delta_rule", "fla chunk_kda"):
+            peers[row.shape] = min(row.both, peers.get(row.shape, float("inf")))
+    for name in dict.fromkeys(row.name for row in rows):
+        cells = []
+        for shape in dict.fromkeys(row.shape for row in rows):
+            row = next((r for r in rows if (r.name, r.shape) == (name, shape)), None)
+            cell = "" if row is None else f"{row.both:.3f} / {row.graph:.3f}"
+            if row is not None and name.startswith("delta") and shape in peers:
+                cell += f" x{peers[shape] / row.both:.1f}"
+            cells.append(f"{cell:>24}")
+        print(f"{name:28}" + "".join(cells), flush=True)
 
 
 def main() -> None:
@@ -488,6 +584,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check every shipped configuration and stop")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--peers", nargs="*", default=["sdpa", "flex"], choices=["sdpa", "flex", "gla", "delta"])
+    parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS, help="ops to check and to time")
     parser.add_argument("--unchecked", action="store_true", help="time without the check, after a run of --check")
     parser.add_argument("--jobs", type=int, default=12, help="processes that check")
     parser.add_argument("--csv", help="write the table here")
@@ -498,7 +595,7 @@ def main() -> None:
         return
     if options.unchecked:
         print("UNCHECKED: run --check at the same commit")
-    elif not check(options.check, options.jobs):
+    elif not check(options.check, options.jobs, options.ops):
         sys.exit("The check failed: nothing is timed.")
     if options.check:
         return
@@ -513,10 +610,11 @@ def main() -> None:
         commit or "unknown",
     )
     rows = [
-        row for name in options.shapes for rows in (our_rows, partial(peer_rows, options.peers))
+        row for name in options.shapes for rows in (partial(our_rows, options.ops), partial(peer_rows, options.peers))
         for row in rows(name, SHAPES[name])
     ]  # fmt: skip
-    decode()
+    decode(options.ops)
+    table(rows)
     if options.csv:
         with open(options.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, list(vars(rows[0])))

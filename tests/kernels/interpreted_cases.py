@@ -17,10 +17,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from bench_kernels import BOUNDS, GATES, hybrid_errors, linear_errors, relative, window_errors
+from bench_kernels import BOUNDS, GATES, delta_errors, hybrid_errors, linear_errors, relative, window_errors
 
 from linearize.kernels import configs
-from linearize.kernels.delta import gated_delta_step
+from linearize.kernels.delta import delta_product, delta_product_step, gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
 from linearize.kernels.reference import gated_delta_reference, window_reference
@@ -76,7 +76,43 @@ def test_one_gate_for_all(slope: float) -> None:
     assert relative(o, torch.einsum("bhij,bjhv->bihv", weights * decay, v.expand_as(q)).double()) < 2e-5
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_delta_rule_and_every_gradient(gate: str, packed: bool) -> None:
+    shape = (2, 70, 6, 2, 24, 40)
+    check(delta_errors(gate, torch.float32, *shape, packed=packed, top=2.0, unit=packed, device="cpu"))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_delta_rule_with_gates_from_zero_to_minus_infinity(gate: str) -> None:
+    check(delta_errors(gate, torch.float32, 1, 70, 2, 1, 16, 16, harsh=True, device="cpu"))
+
+
+@pytest.mark.parametrize("gate", ["none", "fixed", "scalar", "vector"])
+def test_delta_steps_follow_the_parallel_form(gate: str) -> None:
+    B, T, n, H, G, K, V = 2, 6, 2, 4, 2, 16, 24
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, n, G, K), torch.randn(B, T, n, G, V)
+    beta, state = 2 * torch.rand(B, T, n, G), torch.randn(B, G, K, V)
+    shape = {"none": None, "fixed": (G,), "scalar": (B, T, G), "vector": (B, T, G, K)}[gate]
+    g = None if shape is None else -torch.rand(shape)
+    one = gated_delta_rule(q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], g, scale=0.5, initial_state=state, l2norm=True)
+    whole = delta_product(q, k, v, beta, g, scale=0.5, initial_state=state, l2norm=True)
+    states = state.clone(), state.clone()
+    for t in range(T):
+        g_t = g if g is None or gate == "fixed" else g[:, t]
+        given = k[:, t, 0], v[:, t, 0], beta[:, t, 0], g_t, states[0]
+        torch.testing.assert_close(
+            gated_delta_step(q[:, t], *given, scale=0.5, l2norm=True), one.o[:, t], rtol=1e-4, atol=1e-4
+        )
+        given = k[:, t], v[:, t], beta[:, t], g_t, states[1]
+        o = delta_product_step(q[:, t], *given, scale=0.5, l2norm=True)
+        torch.testing.assert_close(o, whole.o[:, t], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states, (one.state, whole.state), rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision() -> None:
+    check(delta_errors("scalar", torch.float16, 1, 70, 4, 2, 16, 16, top=2.0, device="cpu"), torch.float16)
+    check(delta_errors("vector", torch.float16, 1, 40, 4, 2, 16, 16, unit=True, device="cpu"), torch.float16)
     check(linear_errors("vector", torch.float16, 1, 40, 4, 2, 16, 16, device="cpu"), torch.float16)
     check(window_errors(torch.float16, 1, 40, 4, 2, 16, 16, 16, 2, device="cpu"), torch.float16)
 
@@ -188,11 +224,15 @@ def test_compiles_without_a_graph_break() -> None:
         assert out.normalizer is not None
         return out.window + out.memory / (1 + out.normalizer[..., None].abs())
 
-    results = []
-    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        out = call()
-        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v, g))))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    def delta() -> Tensor:
+        return gated_delta_rule(q, k, v, k.mean(-1).sigmoid(), g, l2norm=True).o
+
+    for op in (run, delta):
+        results = []
+        for call in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+            out = call()
+            results.append((out, *torch.autograd.grad(out.sum(), (q, k, v, g))))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @settings(max_examples=8, deadline=None)
@@ -202,6 +242,7 @@ def test_compiles_without_a_graph_break() -> None:
 )  # fmt: skip
 def test_any_shape(gate: str, T: int, G: int, repeat: int, K: int, V: int, window: int, sinks: int) -> None:
     # A fixed gate's gradient is a sum over all tokens that can come out near 0.
-    errors = linear_errors(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
-    check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
+    for op in (linear_errors, delta_errors):
+        errors = op(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
+        check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
     check(window_errors(torch.float32, 1, T, G * repeat, G, K, V, window, sinks, device="cpu"))

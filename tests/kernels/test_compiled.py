@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from dry_compile import Needs, compile_calls, transposed_accumulators
 
-from linearize.kernels import gated_linear_triton, step_triton, window_triton
+from linearize.kernels import delta_triton, gated_linear_triton, step_triton, window_triton
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 SPILL = {"vector": 2400, "scalar": 900, "none": 900, "window": 500}  # bytes a thread
@@ -34,6 +34,20 @@ def linear(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable
         given = (q, k, v, g, None, None, None, 1.0, False)
         gated_linear_triton._run_forward(*given)
         gated_linear_triton._run_backward(do, None, None, None, *given)
+
+    return calls
+
+
+def delta(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
+    B, T, H, G = 4, 128, 16, 8
+    q, k, v, do = (torch.empty(B, T, heads, dim, dtype=dtype) for heads in (H, G, G, H))
+    shape = {"none": None, "scalar": (B, T, G), "vector": (B, T, G, dim)}[gate]
+    g = None if shape is None else torch.empty(shape, dtype=dtype)
+
+    def calls() -> None:
+        given = (q, k, v, torch.empty(B, T, G, dtype=dtype), g, None, None, 1.0)
+        delta_triton._run_forward(*given)
+        delta_triton._run_backward(do, None, *given)
 
     return calls
 
@@ -63,6 +77,13 @@ def step(dim: int) -> Callable[[], None]:
     return calls
 
 
+def delta_step(dim: int) -> Callable[[], None]:
+    q, k, v, g = (torch.empty(2, heads, dim, dtype=torch.bfloat16) for heads in (8, 2, 2, 2))
+    return lambda: step_triton.gated_delta_step_triton(
+        q, k, v, torch.empty(2, 2), g, torch.empty(2, 2, dim, dim), 1.0, 1e-6
+    )
+
+
 def check(needs: list[Needs], capability: int, spill: int) -> None:
     for need in needs:
         assert need.shared <= SHARED[capability], need
@@ -73,6 +94,11 @@ def check(needs: list[Needs], capability: int, spill: int) -> None:
 @pytest.mark.parametrize("capability", [90, 80])
 def test_scalar_gates(capability: int) -> None:
     check(compile_calls(linear("scalar", 64), capability), capability, SPILL["scalar"])
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_delta_rule(capability: int) -> None:
+    check(compile_calls(delta("scalar", 64), capability), capability, SPILL["delta scalar"])
 
 
 def test_vector_gates() -> None:
@@ -86,6 +112,7 @@ def test_window(capability: int) -> None:
 
 def test_step() -> None:
     check(compile_calls(step(128), 90), 90, 0)
+    check(compile_calls(delta_step(128), 90), 90, 0)
 
 
 @pytest.mark.parametrize("last", ["#shared3, #smem>", "#shared, #smem>\n %t = ttg.memdesc_trans %b {order"])

@@ -108,7 +108,9 @@ def delta_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, re
     key, value = _power(key_dim), _power(value_dim)
     columns = min(value, 32 if key <= 128 and pairs * (value // 32) >= 100 else 16)
     if dtype != torch.bfloat16:
-        walk = Tile(key, 16, warps=2, stages=1)  # wgmma, which needs 4 warps, would take accumulators transposed in tf32
+        walk = Tile(
+            key, 16, warps=2, stages=1
+        )  # wgmma, which needs 4 warps, would take accumulators transposed in tf32
         return DeltaTiles(
             chunk=shared.chunk,
             solve=Tile(key, min(value, 64), stages=1),

@@ -226,9 +226,7 @@ def delta_product_step(
     """
     for step in range(k.shape[1]):
         decay = log_decay if step == 0 else None
-        out = gated_delta_step(
-            q, k[:, step], v[:, step], beta[:, step], decay, state, scale=scale, l2norm=l2norm
-        )
+        out = gated_delta_step(q, k[:, step], v[:, step], beta[:, step], decay, state, scale=scale, l2norm=l2norm)
     return out
 
 

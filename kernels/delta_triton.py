@@ -3,16 +3,16 @@
 Legend: B batch, T tokens, H query heads, G KV heads, K key dim, V value dim, C chunk, N chunks. S_n [K, V] is the state
 before chunk n, gc_i the sum of a chunk's gates up to and including token i, D the diagonal matrix of the chunk's beta.
 
-With w_t = beta_t y_t and y_t = v_t - k_t^T diag(exp g_t) S_{t-1} the rule is gated linear attention with w for v, and the
-kernels of `gated_linear_triton` serve all that is not the rule's own. In a chunk y = (I + M D)^-1 (v - (k exp gc) S_n)
-with M_ij = k_i exp(gc_i - gc_j) k_j for j < i. Both (I + M D)^-1 = I - Z D and (I + D M)^-1 = I - D Z come from one
+With w_t = beta_t y_t and y_t = v_t - k_t^T diag(exp g_t) S_{t-1} the rule is gated linear attention with w for v, and
+the kernels of `gated_linear_triton` serve all that is not the rule's own. In a chunk y = (I + M D)^-1 (v - (k exp gc)
+S_n) with M_ij = k_i exp(gc_i - gc_j) k_j for j < i. Both (I + M D)^-1 = I - Z D and (I + D M)^-1 = I - D Z come from one
 strictly lower Z, so that beta = 0 divides nothing; the identity is never rounded.
 
 Forward: `_solve` finds Z of every chunk and, with it, what the walk needs: y = u - W S_n. `_delta_states` walks the
-chunks of a [K, BV] tile of the state and writes S_n, y and w; then `_outputs`. Backward: the first two again (nothing is
-kept), `_value_grads` for what the outputs bring to w and to the states, `_delta_state_grads` back over the chunks, with
-dv = D (I - Z^T D) dw, and `_key_grads`, where the rule's reading of its state is one more query head: the keys, strictly
-causal, with -dv as the gradient of their outputs. No atomics: two runs are equal to the bit.
+chunks of a [K, BV] tile of the state and writes S_n, y and w; then `_outputs`. Backward: the first two again (nothing
+is kept), `_value_grads` for what the outputs bring to w and to the states, `_delta_state_grads` back over the chunks,
+with dv = D (I - Z^T D) dw, and `_key_grads`, where the rule's reading of its state is one more query head: the keys,
+strictly causal, with -dv as the gradient of their outputs. No atomics: two runs are equal to the bit.
 
 Gates enter the walks as factors that `_solve` stores: `reach` exp(gc), `rest` exp(the gates after a token), `carry` the
 decay of the whole chunk, each 0 where documents hide the state. With a gate a key channel, keys with these factors are
@@ -27,7 +27,6 @@ from torch import Tensor
 from linearize.kernels.configs import DeltaTiles, delta_tiles
 from linearize.kernels.gated_linear_triton import (
     Call,
-    _block_matrix,
     _cast,
     _level_matrix,
     _level_pairs,
@@ -129,9 +128,9 @@ def _solve(
             i_T, t_T = c[None, :], c[:, None]
             g_T = tl.load(p + c[None, :] * g_t + ks[:, None], mask=in_Tk, other=0.0).to(tl.float32)
             g_T = tl.maximum(g_T, -100.0)
-            k_T = tl.load(
-                k + b * k_b + h * k_h + at * k_t + c[None, :] * k_t + ks[:, None], mask=in_Tk, other=0.0
-            ).to(tl.float32)
+            k_T = tl.load(k + b * k_b + h * k_h + at * k_t + c[None, :] * k_t + ks[:, None], mask=in_Tk, other=0.0).to(
+                tl.float32
+            )
             x, level = _safe_block(g_C, i, t_, GDT, LIMIT)
             block = (i >> level) == (t_ >> level)
             k_xT = _cast(k_T * tl.exp(-_safe_block_T(g_T, i_T, t_T, level, GDT)), DT, HALF)
@@ -169,7 +168,9 @@ def _solve(
         in_v = vs < V
         v_C = tl.load(v + c[:, None] * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0).to(tl.float32)
         u_C = v_C - tl.dot(z_C, _cast(v_C * b_C[:, None], DT, HALF), input_precision=PREC)
-        tl.store(u + rows[:, None] * V + vs[None, :], u_C.to(u.dtype.element_ty), mask=in_v[None, :] & (c >= 0)[:, None])
+        tl.store(
+            u + rows[:, None] * V + vs[None, :], u_C.to(u.dtype.element_ty), mask=in_v[None, :] & (c >= 0)[:, None]
+        )
 
 
 @triton.jit(do_not_specialize=["T", "G", "N"])
@@ -332,7 +333,7 @@ class DeltaCall(Call):
 
     def walk(self, final: bool) -> tuple[list[Launch], Tensor, Tensor | None, Tensor]:
         """The launches of `_solve` and `_delta_states`; states, gate sums and the last state that they fill."""
-        C, G, N, pairs = self.tiles.chunk, self.G, self.N, self.B * self.G
+        C, N, pairs = self.tiles.chunk, self.N, self.B * self.G
         self.z, self.y = self.rows(C), self.rows(self.V)
         self.u = self.new(N * C, self.V)
         self.reads, self.writes = (self.rows(self.K, when=self.vector) for _ in range(2))

@@ -1003,7 +1003,9 @@ class Call:
             self.q, self.k, self.v, self.gate, self.starts, *before, o, sums, *self.sizes, self.scale,
             *(n for s in self.strides for n in s),
         )  # fmt: skip
-        return [self.launch(_outputs, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value) for steep in self.slopes]
+        return [
+            self.launch(_outputs, grid, tile, args, STEEP=steep, BK=tile.key, BV=tile.value) for steep in self.slopes
+        ]
 
     def backward(
         self, do: Tensor, d_sums: Tensor | None, d_state: Tensor | None, d_norm: Tensor | None

@@ -173,8 +173,10 @@ def hybrid_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int,
     return compare(names, run, truth, tensors)
 
 
-def delta_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, harsh: bool = False,
-                 packed: bool = False, top: float = 1.0, unit: bool = False, device: str = "cuda") -> dict[str, float]:  # fmt: skip
+def delta_errors(
+    gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, harsh: bool = False,
+    packed: bool = False, top: float = 1.0, unit: bool = False, device: str = "cuda",
+) -> dict[str, float]:  # fmt: skip
     """Errors of the gated delta rule, beta in [0, top]; `unit` leaves it to the op to scale q and k to unit length."""
     g = gates(gate, (B, T, G, K), device, harsh)
     k, q = torch.randn(B, T, G, K, device=device), torch.randn(B, T, H, K, device=device)

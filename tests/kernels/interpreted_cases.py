@@ -84,7 +84,9 @@ def test_delta_steps_follow_the_parallel_form(gate: str) -> None:
     for t in range(T):
         g_t = g if g is None or gate == "fixed" else g[:, t]
         given = k[:, t, 0], v[:, t, 0], beta[:, t, 0], g_t, states[0]
-        torch.testing.assert_close(gated_delta_step(q[:, t], *given, scale=0.5, l2norm=True), one.o[:, t], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            gated_delta_step(q[:, t], *given, scale=0.5, l2norm=True), one.o[:, t], rtol=1e-4, atol=1e-4
+        )
         given = k[:, t], v[:, t], beta[:, t], g_t, states[1]
         o = delta_product_step(q[:, t], *given, scale=0.5, l2norm=True)
         torch.testing.assert_close(o, whole.o[:, t], rtol=1e-4, atol=1e-4)
@@ -103,7 +105,9 @@ def test_window_and_every_gradient(window: int, sinks: int, packed: bool) -> Non
     check(window_errors(torch.float32, 2, 90, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
 
 
-@pytest.mark.parametrize(("gate", "apart", "packed"), [("vector", False, True), ("scalar", True, True), ("none", True, False)])
+@pytest.mark.parametrize(
+    ("gate", "apart", "packed"), [("vector", False, True), ("scalar", True, True), ("none", True, False)]
+)
 def test_both_branches_in_one_op_and_every_gradient(gate: str, apart: bool, packed: bool) -> None:
     check(hybrid_errors(gate, torch.float32, 2, 50, 4, 2, 16, 24, apart=apart, packed=packed, device="cpu"))
 

@@ -71,11 +71,8 @@ def gated_delta_rule(
         from linearize.kernels.delta_triton import gated_delta_triton, supported
 
         if supported(q.dtype, q.shape[-1], v.shape[-1]):
-            if l2norm:
-                from linearize.kernels.unit_triton import unit_triton
-
-                q, k = unit_triton(q, L2_EPS), unit_triton(k, L2_EPS)
-            o, state = gated_delta_triton(q, k, v, beta, log_decay, scale, starts, initial_state)
+            eps = L2_EPS if l2norm else 0.0
+            o, state = gated_delta_triton(q, k, v, beta, log_decay, scale, starts, initial_state, eps)
             return LinearOutput(o, None, state, None)
     if l2norm:
         q, k = _unit(q), _unit(k)

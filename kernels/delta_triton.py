@@ -38,7 +38,9 @@ from linearize.kernels.gated_linear_triton import (
     _sums_T,
     gate_grad,
 )
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
+from linearize.kernels.launch import Launch, compile_all, is_new, layout, run, unit_stride
+
+ROWS = 16  # of q or k that a program scales to unit length
 
 
 @triton.jit
@@ -289,6 +291,36 @@ def _delta_state_grads(
 
 
 @torch.compiler.assume_constant_result
+@triton.jit(do_not_specialize=["M", "T"])
+def _unit(
+    x, dy, y, M, T, eps, x_b, x_t, x_h, d_b, d_t, d_h,
+    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    h, t, b = m % H, (m // H) % T, m // H // T
+    ks = tl.arange(0, BK)
+    inside = (m < M)[:, None] & (ks < K)[None, :]
+    at = (b * x_b + t * x_t + h * x_h)[:, None] + ks[None, :]
+    x_M = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x_M * x_M, 1) + eps)[:, None]
+    out = x_M * scale
+    if GRAD:
+        at = (b * d_b + t * d_t + h * d_h)[:, None] + ks[None, :]
+        dy_M = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        out = (dy_M - out * tl.sum(out * dy_M, 1)[:, None]) * scale
+    tl.store(y + m[:, None] * K + ks[None, :], out.to(y.dtype.element_ty), mask=inside)
+
+
+def _unit_launch(x: Tensor, dy: Tensor | None, eps: float) -> tuple[Launch, Tensor]:
+    """The launch that scales the rows of x [B, T, H, K] to unit length, or takes dy back through it; and its result."""
+    B, T, H, K = x.shape
+    y = x.new_empty(x.shape)
+    given = (0, 0, 0) if dy is None else dy.stride()[:3]
+    args = (x, dy, y, B * T * H, T, eps, *x.stride()[:3], *given)
+    constants = {"H": H, "K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None}
+    return Launch(_unit, (-(-B * T * H // ROWS), 1, 1), args, constants, {}, warps=4, stages=1), y
+
+
 def supported(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Whether the kernels serve these head dims and this dtype."""
     return delta_tiles(dtype, key_dim, value_dim, 1, 1, 1) is not None
@@ -296,13 +328,16 @@ def supported(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
 
 def gated_delta_triton(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float, starts: Tensor | None,
-    initial_state: Tensor | None,
+    initial_state: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run `gated_delta_rule` (see there for shapes) through the registered op `linearize::gated_delta`."""
+    """Run `gated_delta_rule` (see there for shapes) through the registered op `linearize::gated_delta`.
+
+    With `eps` above 0, rows of q and k are scaled to unit length first, by `(x x + eps)^-1/2`.
+    """
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.float().expand(*k.shape[:3])
     op = torch.ops.linearize.gated_delta if torch.compiler.is_compiling() else _Eager.apply
-    return op(q, k, v, beta, log_decay, starts, initial_state, scale)
+    return op(q, k, v, beta, log_decay, starts, initial_state, scale, eps)
 
 
 class DeltaCall(Call):
@@ -313,13 +348,18 @@ class DeltaCall(Call):
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, starts: Tensor | None,
-        initial_state: Tensor | None, scale: float,
+        initial_state: Tensor | None, scale: float, eps: float,
     ) -> None:  # fmt: skip
+        raw, first = (q, k), ()
+        if eps > 0:
+            raw = tuple(unit_stride(x) for x in raw)
+            first, (q, k) = zip(*(_unit_launch(x, None, eps) for x in raw), strict=True)
         super().__init__(q, k, v, log_decay, starts, initial_state, None, scale, False)
+        self.raw, self.first, self.eps = raw, first, eps
         self.beta = beta
         self.given = self.v
         self.given_strides = self.strides[2]
-        self.key = ("gated_delta", self.key, layout(beta))
+        self.key = ("gated_delta", self.key, layout(beta, *raw), eps)
         self.vector = self.constants["GATE"] == 2
         self.constants |= {"DELTA": True, "VECTOR": self.vector}
         self.v = self.rows(self.V)
@@ -350,7 +390,8 @@ class DeltaCall(Call):
             self.reads, self.writes, totals, *self.sizes, *k_s, *self.given_strides, *b_s, *g_s,
         )  # fmt: skip
         shape = {"BK": tile.key, "BV": tile.value}
-        launches = [self.launch(_solve, (N, pairs, 1), tile, args, STEEP=steep, **shape) for steep in self.slopes]
+        launches = [*self.first]
+        launches += [self.launch(_solve, (N, pairs, 1), tile, args, STEEP=steep, **shape) for steep in self.slopes]
         states = self.q.new_empty((pairs, N, self.K, self.V), dtype=self.state_dtype)
         last = self.new(self.K, self.V, when=final)
         tile = self.tiles.states
@@ -390,15 +431,20 @@ class DeltaCall(Call):
         given = d_state is not None
         shape = {"BK": tile.key, "BV": tile.value, "FINAL": given}
         launches.append(self.launch(_delta_state_grads, (columns, self.B * self.G, 1), tile, args, **shape))
-        more, (dq, dk, dg) = self.key_grads(do, None, (states, None, totals), d_states, None, dv)
+        # What a unit key's gradient holds along the key falls away: round after that.
+        precise = torch.float32 if self.eps > 0 else None
+        more, (dq, dk, dg) = self.key_grads(do, None, (states, None, totals), d_states, None, dv, precise)
+        if self.eps > 0:
+            last = [_unit_launch(x, grad, self.eps) for x, grad in zip(self.raw, (dq, dk), strict=True)]
+            more, (dq, dk) = [*more, *(launch for launch, _ in last)], (grad for _, grad in last)
         return launches + more, (dq, dk, dv, d_beta, dg, ds_0)
 
 
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, starts: Tensor | None,
-    initial_state: Tensor | None, scale: float,
+    initial_state: Tensor | None, scale: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = DeltaCall(q, k, v, beta, log_decay, starts, initial_state, scale)
+    call = DeltaCall(q, k, v, beta, log_decay, starts, initial_state, scale, eps)
     launches, outputs = call.forward()
     if is_new(q, call.key):
         later = call.backward(outputs[0], None)[0] if q.requires_grad else []
@@ -409,9 +455,9 @@ def _run_forward(
 
 def _run_backward(
     do: Tensor | None, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None,
-    starts: Tensor | None, initial_state: Tensor | None, scale: float,
+    starts: Tensor | None, initial_state: Tensor | None, scale: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = DeltaCall(q, k, v, beta, log_decay, starts, initial_state, scale)
+    call = DeltaCall(q, k, v, beta, log_decay, starts, initial_state, scale, eps)
     do = v.new_zeros((*q.shape[:3], v.shape[-1])) if do is None else do.contiguous()
     d_state = None if d_state is None else d_state.contiguous()
     launches, (dq, dk, dv, d_beta, dg, ds_0) = call.backward(do, d_state)
@@ -427,13 +473,13 @@ _backward = torch.library.custom_op("linearize::gated_delta_grad", _run_backward
 
 
 @_forward.register_fake
-def _(q, k, v, beta, log_decay, starts, initial_state, scale):
+def _(q, k, v, beta, log_decay, starts, initial_state, scale, eps):
     state = q.new_empty((q.shape[0], k.shape[2], q.shape[-1], v.shape[-1]), dtype=torch.float32)
     return v.new_empty((*q.shape[:3], v.shape[-1])), state
 
 
 @_backward.register_fake
-def _(do, d_state, q, k, v, beta, log_decay, starts, initial_state, scale):
+def _(do, d_state, q, k, v, beta, log_decay, starts, initial_state, scale, eps):
     dg = q.new_empty((0,)) if log_decay is None else log_decay.new_empty(log_decay.shape)
     size = (0,) if initial_state is None else (q.shape[0], k.shape[2], q.shape[-1], v.shape[-1])
     ds_0 = q.new_empty(size, dtype=torch.float32)
@@ -441,15 +487,15 @@ def _(do, d_state, q, k, v, beta, log_decay, starts, initial_state, scale):
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, op, *grads):
     *_, log_decay, _, initial_state = ctx.saved_tensors
-    dq, dk, dv, d_beta, dg, ds_0 = op(*grads, *ctx.saved_tensors, ctx.scale)
+    dq, dk, dv, d_beta, dg, ds_0 = op(*grads, *ctx.saved_tensors, ctx.scale, ctx.eps)
     dg, ds_0 = None if log_decay is None else dg, None if initial_state is None else ds_0
-    return dq, dk, dv, d_beta, dg, None, ds_0, None
+    return dq, dk, dv, d_beta, dg, None, ds_0, None, None
 
 
 def _differentiate(ctx, *grads):

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import Tile, Tiles, gated_linear_tiles
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
+from linearize.kernels.launch import Launch, compile_all, is_new, layout, run, unit_stride
 
 MIN_GATE = -100.0  # exp(-100) is 0 in fp32; keeps -inf out of sums
 
@@ -937,11 +937,6 @@ def gated_linear_triton(
     return (o, sums, state, norm) if with_normalizer else (o, None, state, None)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with unit stride in its last dim; a copy only where that is not so already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _gate_mode(log_decay: Tensor | None) -> int:
     return 0 if log_decay is None else log_decay.dim() - 2
 
@@ -962,8 +957,8 @@ class Call:
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor | None,
         initial_state: Tensor | None, initial_norm: Tensor | None, scale: float, with_normalizer: bool,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
-        self.gate = log_decay if log_decay is None or log_decay.dim() < 4 else _rows(log_decay)
+        self.q, self.k, self.v = unit_stride(q), unit_stride(k), unit_stride(v)
+        self.gate = log_decay if log_decay is None or log_decay.dim() < 4 else unit_stride(log_decay)
         self.starts = None if starts is None else starts.contiguous()
         self.B, self.T, self.H, self.K = q.shape
         self.G, self.V = k.shape[2], v.shape[-1]
@@ -1116,12 +1111,12 @@ class Call:
 
     def key_grads(
         self, do: Tensor, d_sums: Tensor | None, before: Sequence[Tensor | None], d_states: Tensor,
-        d_norms: Tensor | None, dv: Tensor | None = None,
+        d_norms: Tensor | None, dv: Tensor | None = None, key_dtype: torch.dtype | None = None,
     ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
         """The launches of `_key_grads`, and the gradients of q, k and gates (in parts); dv for the delta rule."""
         tile = self.tiles.key_grads
         blocks = _blocks(self.K, tile.key)
-        dq, dk = (x.new_empty(x.shape) for x in (self.q, self.k))
+        dq, dk = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape, dtype=key_dtype)
         if self.gate is None:
             dg = self.q.new_empty((0,))
         elif self.gate.dim() == 4:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from linearize.kernels.gated_linear_triton import Call, gate_grad, supported
-from linearize.kernels.launch import compile_all, is_new, layout, run
-from linearize.kernels.window_triton import forward_launches, grad_launches, rows
+from linearize.kernels.launch import compile_all, is_new, layout, run, unit_stride
+from linearize.kernels.window_triton import forward_launches, grad_launches
 
 __all__ = ["hybrid_triton", "supported"]
 
@@ -59,7 +59,7 @@ def _run_forward(
         q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
         memory_scale, with_normalizer,
     )  # fmt: skip
-    near_q, near_k, near_v = rows(q), rows(k), rows(v)
+    near_q, near_k, near_v = unit_stride(q), unit_stride(k), unit_stride(v)
     starts = None if starts is None else starts.contiguous()
     far_launches, far = memory.forward()
     near_launches, near = forward_launches(near_q, near_k, near_v, starts, window, sinks, scale)
@@ -100,7 +100,7 @@ def _run_backward(
         q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
         memory_scale, with_normalizer,
     )  # fmt: skip
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     starts = None if starts is None else starts.contiguous()
     do = torch.zeros_like(o) if do is None else do.contiguous()
     d_far = v.new_zeros((*memory.q.shape[:3], memory.V)) if d_far is None else d_far.contiguous()

@@ -64,6 +64,11 @@ def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     )
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x with unit stride in its last dim; a copy only where that is not so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def run(launches: Sequence[Launch], key: Hashable) -> None:
     """Launch in order on the current stream; `key` names the call: see `layout`."""
     plan = _plans.get(key)

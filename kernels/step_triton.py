@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels.launch import Launch, layout, run
+from linearize.kernels.launch import Launch, layout, run, unit_stride
 
 
 @triton.jit
@@ -158,17 +158,13 @@ def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()[:dims]
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _run(
     q_w: Tensor | None, k_w: Tensor | None, v_w: Tensor | None, k_ring: Tensor | None, v_ring: Tensor | None,
     sink_k: Tensor | None, sink_v: Tensor | None, length: Tensor | None, q_m: Tensor | None, k_m: Tensor | None,
     v_m: Tensor | None, gate: Tensor | None, beta: Tensor | None, state: Tensor | None, norm: Tensor | None,
     scale_w: float, scale_m: float, write: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q_w, k_w, v_w, q_m, k_m, v_m = (_unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
+    q_w, k_w, v_w, q_m, k_m, v_m = (None if x is None else unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
     q = q_m if q_w is None else q_w
     keys = k_m if k_ring is None else k_ring
     values = v_m if v_ring is None else v_ring

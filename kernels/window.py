@@ -70,6 +70,7 @@ def window_attention(
     if backend == "triton":
         from linearize.kernels.window_triton import window_triton
 
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return WindowOutput(*window_triton(q, k, v, window, sinks, scale, starts))
     if backend == "reference":
         from linearize.kernels.reference import window_reference

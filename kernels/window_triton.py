@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import Blocks, window_tiles
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
+from linearize.kernels.launch import Launch, compile_all, is_new, layout, run, unit_stride
 
 
 @triton.jit
@@ -290,11 +290,6 @@ def window_triton(
     return o, lse, row_max
 
 
-def rows(x: Tensor) -> Tensor:
-    """x with unit stride in its last dim; a copy only where that is not so already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _shared(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int) -> dict[str, object]:
     """Compile-time constants of all launches of one call."""
     return {
@@ -319,7 +314,7 @@ def _launch(kernel: object, heads: int, rows: int, T: int, B: int, tile: Blocks,
 def forward_launches(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int, scale: float
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The launch of the forward, and o, lse, row_max and where the largest score was; q, k, v as from `rows`."""
+    """The launch of the forward, and o, lse, row_max and where the largest score was; q, k, v as from `unit_stride`."""
     B, T, H, _ = q.shape
     o = q.new_empty((B, T, H, v.shape[-1]))
     lse = q.new_empty((B, T, H), dtype=torch.float32)
@@ -357,7 +352,7 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_grad = q.requires_grad
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     starts = None if starts is None else starts.contiguous()
     launches, outputs = forward_launches(q, k, v, starts, window, sinks, scale)
     key = ("window", layout(q, k, v, starts), window, sinks, scale)
@@ -375,7 +370,7 @@ def _run_backward(
     do: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     starts: Tensor | None, o: Tensor, lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     starts = None if starts is None else starts.contiguous()
     do = torch.zeros_like(o) if do is None else do.contiguous()
     d_lse, d_max = (None if x is None else x.contiguous() for x in (d_lse, d_max))

@@ -22,7 +22,7 @@ from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, make_plan
-from linearize.recipe import Recipe
+from linearize.recipe import Distill, Recipe
 from linearize.report import model_card, read_metrics, render_html
 from linearize.report.track import tracker
 from linearize.stages import Run, has_ended, run_stage
@@ -90,6 +90,9 @@ def prepare_job(
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
     where = _device(device)
     _check_backend()
+    for stage in chosen.stages:
+        if isinstance(stage, Distill) and stage.teacher_device is not None:
+            _device(stage.teacher_device, "`teacher_device`")
     kind = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
@@ -238,11 +241,13 @@ def _stages(
         autocast=None if job.dtype == torch.float32 else job.dtype,
         metrics=work / "metrics.jsonl",
         progress=lambda record: watch({"event": "step", **record}),
+        load_teacher=lambda device: load_teacher(job.source, job.dtype, device, job.trust_remote_code)[0],
     )
     tokens = seconds = 0.0
-    for name, settings in stage_names(job.recipe):
+    for index, (name, settings) in enumerate(stage_names(job.recipe)):
         steps = settings.steps(job.recipe.data.length)
         watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
+        run.teacher_copy = job.recipe.needs_teacher_copy(index)
         spent = run_stage(settings, run, name)
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
@@ -348,17 +353,17 @@ def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
     return tell
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, setting: str = "--device") -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise LinearizeError(f"--device {name} is no device; use cpu, cuda or cuda:1.") from error
+        raise LinearizeError(f"{setting} {name} is no device; use cpu, cuda or cuda:1.") from error
     if device.type not in ("cpu", "cuda"):
-        raise LinearizeError(f"--device {name} is not served; use cpu or cuda.")
+        raise LinearizeError(f"{setting} {name} is not served; use cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LinearizeError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
+        raise LinearizeError(f"{setting} {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
     return device
 
 

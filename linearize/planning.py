@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
-from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Recipe, Transfer
+from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Distill, Recipe, Transfer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,11 +52,11 @@ class StagePlan:
     """One stage: its tokens and optimizer steps, and how many parameters train.
 
     Attributes:
-        name: `transfer`, `finetune` or `distill`.
+        name: of the kind of stage.
         tokens: the budget.
         steps: optimizer steps that it takes.
         trained: parameters.
-        memory: estimated peak bytes, weights included.
+        memory: estimated peak bytes, weights included, and a copy of the teacher's where one is loaded beside them.
     """
 
     name: str
@@ -130,6 +130,7 @@ def make_plan(
     stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.stages)))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
+    answers = sum(_kept_bytes(stage, recipe.data.length) for stage in recipe.stages)
     return Plan(
         recipe=recipe,
         model=model,
@@ -138,7 +139,7 @@ def make_plan(
         parameters=parameters,
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
-        disk=weights + 2 * checkpoint + SMALL_FILES,
+        disk=weights + 2 * checkpoint + answers + SMALL_FILES,
         cache={context: _cache_bytes(recipe, config, mixers, context, dtype) for context in CONTEXTS},
     )
 
@@ -230,7 +231,9 @@ def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     rows = (stage.micro_batch or stage.batch) * length
     activations = rows * _activation_bytes(stage, network.config, dtype)
-    return StagePlan(stage.stage, stage.tokens, steps, trained, weights + trained * TRAIN_BYTES + activations)
+    copied = recipe.needs_teacher_copy(index) and getattr(stage, "teacher_device", None) is None
+    memory = weights * (2 if copied else 1) + trained * TRAIN_BYTES + activations
+    return StagePlan(stage.stage, stage.tokens, steps, trained, memory)
 
 
 def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
@@ -281,7 +284,15 @@ def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
     vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
     kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
     logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
-    return int(kept + logits)
+    aligned = 4 * vectors if isinstance(stage, Distill) and stage.hidden else 0
+    return int(kept + logits + aligned)
+
+
+def _kept_bytes(stage: AnyStage, length: int) -> int:
+    """Return the most bytes that the teacher's likeliest tokens take on the disk: index and log-probability each."""
+    if not isinstance(stage, Distill) or not stage.cache:
+        return 0
+    return stage.steps(length) * stage.batch * length * 8 * ((stage.top_k or 0) + 1)
 
 
 def _cache_bytes(

@@ -128,6 +128,20 @@ def test_lora_counts(tiny_config) -> None:
     assert full.stages[0].trained == full.parameters + full.mixer_parameters
 
 
+def test_what_distillation_keeps_is_planned(tiny_config) -> None:
+    def plan(options: str):
+        recipe = short("liger", f"stages=[{{stage: distill, tokens: 6400, batch: 2{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32)
+
+    plain, full, kept = plan(""), plan(", train: full"), plan(", train: full, cache: true, top_k: 9")
+    weights = 4 * (plain.parameters + plain.mixer_parameters)
+    assert full.stages[0].trained == plain.parameters + plain.mixer_parameters
+    assert full.memory - kept.memory == weights
+    assert kept.disk - full.disk == 6400 * 10 * 8
+    assert plan(", train: full, teacher_device: cpu").memory == kept.memory
+    assert plan(", hidden: 0.1").memory > plain.memory
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

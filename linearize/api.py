@@ -7,7 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 
 from linearize import workspace, yaml_io
 from linearize.checkpoint import write_text
-from linearize.data import Corpus, build_corpus, evaluation_rows
+from linearize.data import Corpus, build_corpus, build_preferences, evaluation_rows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, make_plan
-from linearize.recipe import Distill, Recipe
+from linearize.recipe import Distill, Preference, Recipe
 from linearize.report import model_card, read_metrics, render_html
 from linearize.report.track import tracker
 from linearize.stages import Run, has_ended, run_stage
@@ -189,7 +190,9 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     watch({"event": "load", "model": job.source.name})
     model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
     corpus = _corpus(job, tokenizer, work)
-    watch({"event": "data", "description": corpus.description})
+    pairs = _pairs(job, tokenizer, work)
+    for part in (corpus, *pairs.values()):
+        watch({"event": "data", "description": part.description})
     rows = Rows(work / "rows.json", watch)
     samples: dict[str, str] = {"prompt": PROMPT}
     reference = None
@@ -202,7 +205,7 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     if surgery is not None and not rows.has("after surgery"):
         watch({"event": "evaluate", "name": "after surgery"})
         rows.add({**evaluate(model, corpus.held_out, reference).row("after surgery"), "tokens": 0, "seconds": 0.0})
-    _stages(job, model, surgery, corpus, reference, work, rows, watch)
+    _stages(job, model, surgery, corpus, pairs, reference, work, rows, watch)
     samples["student"] = sample(model, tokenizer, PROMPT)
     results = {
         "model": job.source.name,
@@ -226,6 +229,7 @@ def _stages(
     model: Any,
     surgery: Surgery | None,
     corpus: Corpus,
+    pairs: dict[str, Corpus],
     reference: TeacherReference | None,
     work: Path,
     rows: Rows,
@@ -247,8 +251,8 @@ def _stages(
     for index, (name, settings) in enumerate(stage_names(job.recipe)):
         steps = settings.steps(job.recipe.data.length)
         watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
-        run.teacher_copy = job.recipe.needs_teacher_copy(index)
-        spent = run_stage(settings, run, name)
+        own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=job.recipe.needs_teacher_copy(index))
+        spent = run_stage(settings, own, name)
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
             watch({"event": "evaluate", "name": f"after {name}"})
@@ -299,13 +303,30 @@ class Rows:
 
 def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
-    folder = work / "data"
+    stages = [stage for stage in job.recipe.stages if not isinstance(stage, Preference)]
+    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
+    tokens = max(1, budget) * job.recipe.data.length
+    return _kept(work / "data", lambda: build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed))
+
+
+def _pairs(job: Job, tokenizer: Any, work: Path) -> dict[str, Corpus]:
+    """The pairs of each preference stage, by its name."""
+    found: dict[str, Corpus] = {}
+    length = job.recipe.data.length
+    for name, stage in stage_names(job.recipe):
+        if isinstance(stage, Preference):
+            count = stage.steps(length) * stage.batch
+            build = partial(build_preferences, stage, tokenizer, length=length, pairs=count, seed=job.seed)
+            found[name] = _kept(work / f"data-{name}", build)
+    return found
+
+
+def _kept(folder: Path, build: Callable[[], Corpus]) -> Corpus:
+    """The corpus in a folder, built and saved there first where it is not."""
     if folder.exists():
         return Corpus.load(folder)
-    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in job.recipe.stages)
-    tokens = max(1, budget) * job.recipe.data.length
-    corpus = build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed)
-    beside = work / "data.new"
+    corpus = build()
+    beside = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     corpus.save(beside)
     beside.rename(folder)

@@ -70,6 +70,34 @@ def test_a_run_leaves_a_checkpoint_with_everything_in_it(teacher, tmp_path) -> N
     assert cached.nbytes() == student
 
 
+def test_every_stage_in_a_row(teacher, tmp_path) -> None:
+    """Full parameters, a copy of the teacher, kept logits and builtin pairs, as `--quick` would run them."""
+    distill = {
+        "stage": "distill",
+        "train": "full",
+        "top_k": 8,
+        "cache": True,
+        "optimizer": {"lr": 1e-4, "mixer_lr": 1e-3},
+    }
+    stages = [
+        {"stage": "transfer"},
+        distill,
+        {"stage": "distill", "hidden": 0.1},
+        {"stage": "preference", "train": "full"},
+    ]
+    liger = Recipe.from_yaml("liger").model_dump(mode="json")
+    recipe = Recipe.parse({**liger, "stages": stages}, "all")
+    events: list[dict] = []
+    result = linearize(teacher, recipe, tmp_path / "out", watch=events.append, **small(recipe, tokens=2048))
+    names = [row["name"] for row in result.results["rows"]]
+    assert names[2:] == ["after transfer", "after distill", "after distill-2", "after preference"]
+    last = [event for event in events if event["event"] == "step"][-1]
+    assert last["stage"] == "preference" and {"margin", "accuracy"} <= last.keys()
+    data = [event["description"] for event in events if event["event"] == "data"]
+    assert len(data) == 2 and data[1].startswith("builtin: 8 training pairs in rows of 64 tokens")
+    assert not list(tmp_path.rglob("teacher-*"))
+
+
 def test_a_second_run_reads_the_first_and_a_changed_one_says_what_changed(teacher, tmp_path) -> None:
     first = linearize(teacher, "control/window-only", tmp_path / "out", **small("control/window-only"))
     again = linearize(teacher, "control/window-only", tmp_path / "out", **small("control/window-only"))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from linearize.recipe import Distill, Finetune, Mixer, Optimizer
+from linearize.recipe import Distill, Finetune, Mixer, Optimizer, Preference
 from linearize.stages import Run, run_stage
 
 STEPS = 6
@@ -17,6 +17,7 @@ STAGES = {
     "distill from kept logits": Distill(top_k=5, cache=True, optimizer=TWO_RATES, **SIZES),
     "distill with hidden states": Distill(hidden=0.5, top_k=5, **SIZES),
     "distill all parameters": Distill(train="full", **SIZES),
+    "preference": Preference(**SIZES),
 }
 
 

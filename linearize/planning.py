@@ -56,7 +56,8 @@ class StagePlan:
         tokens: the budget.
         steps: optimizer steps that it takes.
         trained: parameters.
-        memory: estimated peak bytes, weights included, and a copy of the teacher's where one is loaded beside them.
+        memory: estimated peak bytes, weights included, a copy of the teacher's where one is loaded beside them,
+            and the hidden states that `order: layerwise` keeps on the CPU.
     """
 
     name: str
@@ -226,6 +227,11 @@ def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module
             f"`stages.{index}` ({stage.stage}) trains nothing: its `train: {stage.train}` finds no parameter in this "
             "mixer. Drop the stage, or train LoRA deltas (`train: qkvo`)."
         )
+    if isinstance(stage, Transfer) and stage.maps:
+        from linearize.stages.maps import check_map
+
+        for mixer in mixers.values():
+            check_map(mixer)
     length = recipe.data.length
     steps = stage.steps(length)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -233,6 +239,8 @@ def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module
     activations = rows * _activation_bytes(stage, network.config, dtype)
     copied = recipe.needs_teacher_copy(index) and getattr(stage, "teacher_device", None) is None
     memory = weights * (2 if copied else 1) + trained * TRAIN_BYTES + activations
+    if isinstance(stage, Transfer):
+        memory += _transfer_bytes(stage, network.config, dtype, rows, length)
     return StagePlan(stage.stage, stage.tokens, steps, trained, memory)
 
 
@@ -280,12 +288,20 @@ def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
     # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
     layer = int((13 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize)
     if isinstance(stage, Transfer):
-        return layer
+        return layer * stage.block
     vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
     kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
     logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
     aligned = 4 * vectors if isinstance(stage, Distill) and stage.hidden else 0
     return int(kept + logits + aligned)
+
+
+def _transfer_bytes(stage: Transfer, config: Any, dtype: torch.dtype, tokens: int, length: int) -> int:
+    """Return the estimated bytes of attention maps, and of the hidden states of all rows that `layerwise` keeps."""
+    # Both maps, what the softmax and the logarithm keep, and their gradients, in fp32.
+    maps = 6 * 4 * tokens * length * config.num_attention_heads if stage.maps else 0
+    kept = stage.steps(length) * stage.batch * length * config.hidden_size * dtype.itemsize
+    return maps + (kept if stage.order == "layerwise" else 0)
 
 
 def _kept_bytes(stage: AnyStage, length: int) -> int:

@@ -146,6 +146,10 @@ TRAINED_PROJECTIONS: dict[str, list[str]] = {
 }
 
 
+# Rows up to which attention maps may be compared.
+MAP_TOKENS = 1024
+
+
 class Transfer(Stage):
     """Attention transfer: each mixer learns its own layer's attention output, layers isolated from each other.
 
@@ -154,6 +158,12 @@ class Transfer(Stage):
         target: compare before or after the output projection.
         loss: squared error, as it is or divided by the target's mean square.
         scale: factor on the loss (LoLCATs: 1000).
+        maps: factor on the cross-entropy between the teacher's and the mixer's attention maps, for rows of 1,024 tokens
+            at most (LoLCATs: 0, at 405B 1).
+        patience: a layer stops once its held-out loss, measured every 100 steps, has not fallen so many times in a row.
+        block: layers of a block; the student's hidden states pass through it, and each begins with the teacher's.
+        order: all layers `together`, or `layerwise`: one block after the other with all of its tokens, from the
+            teacher's hidden states, which are kept in memory. The same result, and one block at work.
     """
 
     stage: Literal["transfer"] = "transfer"
@@ -161,6 +171,10 @@ class Transfer(Stage):
     target: Literal["before_o_proj", "after_o_proj"] = "before_o_proj"
     loss: Literal["mse", "normalized_mse"] = "normalized_mse"
     scale: float = Field(1.0, gt=0)
+    maps: float = Field(0.0, ge=0)
+    patience: int | None = Field(None, ge=1)
+    block: int = Field(1, ge=1)
+    order: Literal["together", "layerwise"] = "together"
     lora: Lora = Lora()
 
     @model_validator(mode="after")
@@ -171,6 +185,17 @@ class Transfer(Stage):
             )
         if self.train == "mixer" and self.optimizer.mixer_lr is not None:
             raise ValueError("`optimizer.mixer_lr` has no effect: mixers alone train; give `lr`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.maps and self.block > 1:
+            raise ValueError("`maps` compares layers on the teacher's input; it needs `block: 1`")
+        if self.order == "layerwise" and (self.patience is not None or self.optimizer.schedule == "plateau"):
+            raise ValueError(
+                "`order: layerwise` has no held-out loss of all layers; use `order: together`, or drop `patience` and "
+                "`schedule: plateau`"
+            )
         return self
 
 
@@ -366,6 +391,11 @@ class Recipe(Strict):
                 raise ValueError(f"a `{stage.stage}` stage needs a mixer to train, and `mixer` is null")
             if self.mixer is None and stage.optimizer.mixer_lr is not None:
                 raise ValueError("`optimizer.mixer_lr` has no effect where `mixer` is null; drop it")
+            if isinstance(stage, Transfer) and stage.maps and self.data.length > MAP_TOKENS:
+                raise ValueError(
+                    f"a `transfer` stage has `maps`, whose memory grows with the square of the row: set `data.length` "
+                    f"({self.data.length}) to {MAP_TOKENS} at most, or drop `maps`"
+                )
             if stage.stage == "transfer" and trained:
                 raise ValueError(
                     f"a `transfer` stage stands behind a `{trained}` stage, which has changed its teacher by then"

@@ -142,6 +142,19 @@ def test_what_distillation_keeps_is_planned(tiny_config) -> None:
     assert plan(", hidden: 0.1").memory > plain.memory
 
 
+def test_what_transfer_keeps_is_planned(tiny_config) -> None:
+    def memory(options: str = "", name: str = "lolcats") -> int:
+        recipe = short(name, f"stages=[{{stage: transfer, tokens: 6400, batch: 2, micro_batch: 1{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32).stages[0].memory
+
+    assert memory(", order: layerwise") - memory() == 6400 * 64 * 4
+    assert memory(", maps: 1.0") - memory() == 6 * 4 * 64 * 64 * 4
+    per_token = 4 * (13 * 64 + 4 * 96)
+    assert memory(", block: 2") - memory() == 64 * per_token
+    with pytest.raises(LinearizeError, match="no attention map: its `combine`"):
+        memory(", maps: 1.0", "liger")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

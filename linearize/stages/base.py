@@ -104,6 +104,25 @@ class StageRunner(ABC):
     def changes(self, name: str) -> bool:
         """Return whether this stage changes the entry `name` of the model's state dict."""
 
+    @property
+    def rounds(self) -> int:
+        """How often the stage's steps run, each time on other parameters."""
+        return 1
+
+    def begin(self, turn: int) -> None:  # noqa: B027  (most stages have nothing to do)
+        """Get ready for round `turn`, from 0; a run that goes on begins the round that it is in."""
+
+    def after_step(self, step: int) -> bool:
+        """Look at the model behind optimizer step `step`; return whether the stage goes on."""
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides weights and optimizer, as JSON values."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Go on from what `state` returned."""
+
     def weights(self, rows: PackedRows) -> Tensor:
         """Return how much each row counts in the mean over a batch: its labelled tokens."""
         return (rows.labels[:, 1:] != -100).sum(1).double()
@@ -161,18 +180,25 @@ def train(runner: StageRunner, name: str) -> dict[str, float]:
         parameter.data = parameter.data.float()
     progress = Progress(trained, settings)
     folder = run.folder / name
-    progress.restore(folder)
+    runner.resume(progress.restore(folder))
     rows = run.corpus.train
     steps = settings.steps(rows.length)
+    total = steps * runner.rounds
     groups = runner.clip_groups(trained)
-    source = batches(rows, settings.batch, seed, start_step=progress.step)
     tokens = settings.batch * rows.length
+    source: Iterator[PackedRows] = iter(())
     saved = time.monotonic()
+    more, begun = True, -1
     with MetricsWriter(run.metrics, resume=(name, progress.step)) as metrics:
-        while progress.step < steps:
+        while more and progress.step < total:
             began = time.monotonic()
+            turn, step = divmod(progress.step, steps)
+            if turn != begun:
+                runner.begin(turn)
+                begun = turn
+                source = batches(rows, settings.batch, seed, start_step=step)
             torch.manual_seed(seed + progress.step)
-            progress.schedule(steps)
+            progress.schedule(step, steps)
             losses = _accumulate(runner, next(source), settings.micro_batch or settings.batch)
             norm = _clip(groups, settings.optimizer.clip)
             if not math.isfinite(losses["loss"]) or not math.isfinite(norm):
@@ -181,19 +207,21 @@ def train(runner: StageRunner, name: str) -> dict[str, float]:
                     f"{norm}. Lower `optimizer.lr` (now {settings.optimizer.lr:g}) and start again with --fresh."
                 )
             progress.advance(lambda: runner.held_out_loss(run.corpus.held_out[:PLATEAU_ROWS]))
+            more = runner.after_step(progress.step)
             spent = time.monotonic() - began
             progress.seconds += spent
-            record = {**losses, "tokens": progress.step * tokens, "tokens_per_second": tokens / spent}
+            record = {**losses, "tokens": progress.step * tokens // runner.rounds, "tokens_per_second": tokens / spent}
             record |= {**progress.rates, "grad_norm": norm}
             metrics.write(name, progress.step, **record)
-            run.progress({"stage": name, "step": progress.step, "steps": steps, **record})
-            if progress.step < steps and time.monotonic() - saved > SAVE_SECONDS:
-                progress.save(folder)
+            run.progress({"stage": name, "step": progress.step, "steps": total, **record})
+            if more and progress.step < total and time.monotonic() - saved > SAVE_SECONDS:
+                progress.save(folder, runner.state())
                 saved = time.monotonic()
+    trained_tokens = progress.step * tokens // runner.rounds
     runner.finish()
     for key, parameter in trained.items():
         parameter.data = parameter.data.to(dtypes[key])
-    return {"tokens": float(steps * tokens), "seconds": progress.seconds}
+    return {"tokens": float(trained_tokens), "seconds": progress.seconds}
 
 
 class Progress:
@@ -229,11 +257,11 @@ class Progress:
         """The learning rates in force: `lr`, and `mixer_lr` where the mixers have their own."""
         return {name: float(group["lr"]) for name, group in zip(RATES, self.optimizer.param_groups, strict=False)}
 
-    def schedule(self, steps: int) -> None:
-        """Set the learning rates of the coming step; behind its warm-up, a plateau sets its own."""
-        if self.plateau is None or self.step < round(self.settings.optimizer.warmup * steps):
+    def schedule(self, step: int, steps: int) -> None:
+        """Set the learning rates of step `step` of `steps`; behind its warm-up, a plateau sets its own."""
+        if self.plateau is None or step < round(self.settings.optimizer.warmup * steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings, self.step, steps, group["peak"])
+                group["lr"] = learning_rate(self.settings, step, steps, group["peak"])
 
     def advance(self, held_out_loss: Callable[[], float]) -> None:
         """Make the optimizer's step with the gradients at hand and drop them."""
@@ -243,23 +271,23 @@ class Progress:
         if self.plateau is not None and self.step % PLATEAU_STEPS == 0:
             self.plateau.step(held_out_loss())
 
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint."""
+    def save(self, folder: Path, more: dict[str, Any]) -> None:
+        """Write the checkpoint, with what the stage's runner keeps besides."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             tensors[name] = parameter
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}@{name}"] = value
-        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rates": self.rates}
+        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rates": self.rates, "runner": more}
         if self.plateau is not None:
             state["plateau"] = {key: getattr(self.plateau, key) for key in ("best", "num_bad_epochs", "last_epoch")}
         checkpoint.save(folder, tensors, state)
 
-    def restore(self, folder: Path) -> None:
-        """Go on from the checkpoint, if there is one."""
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Go on from the checkpoint, if there is one, and return what the stage's runner keeps."""
         found = checkpoint.load(folder)
         if found is None:
-            return
+            return {}
         tensors, state = found
         for full, tensor in tensors.items():
             key, _, name = full.rpartition("@")
@@ -273,6 +301,8 @@ class Progress:
         for group, rate in zip(self.optimizer.param_groups, state["rates"].values(), strict=True):
             group["lr"] = rate
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        kept: dict[str, Any] = state["runner"]
+        return kept
 
 
 def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, Any]:

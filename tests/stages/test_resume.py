@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from linearize.recipe import Distill, Finetune, Mixer, Optimizer, Preference
+from linearize.recipe import Distill, Finetune, Mixer, Optimizer, Preference, Transfer
 from linearize.stages import Run, run_stage
 
 STEPS = 6
@@ -18,6 +18,9 @@ STAGES = {
     "distill with hidden states": Distill(hidden=0.5, top_k=5, **SIZES),
     "distill all parameters": Distill(train="full", **SIZES),
     "preference": Preference(**SIZES),
+    "transfer with patience": Transfer(patience=1, optimizer=Optimizer(lr=0.3, schedule="constant"), **SIZES),
+    "transfer in blocks": Transfer(block=2, train="qk", **SIZES),
+    "transfer layer by layer": Transfer(order="layerwise", **SIZES),
 }
 
 
@@ -34,6 +37,7 @@ def stop_at(run: Run, step: int) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stopped_stage_ends_as_if_it_had_not_been(make_run, liger: Mixer, monkeypatch, name: str) -> None:
     monkeypatch.setattr("linearize.stages.base.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("linearize.stages.base.PLATEAU_STEPS", 1)
     settings = STAGES[name]
 
     def start(folder: str) -> Run:

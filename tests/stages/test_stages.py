@@ -361,8 +361,7 @@ def test_mixers_have_their_own_learning_rate(make_run, settings, runner_class) -
     mixers = {id(p) for layer in run.model.model.layers for p in layer.self_attn.mixer.parameters()}
     assert {id(p) for p in own["params"]} == mixers
     assert {id(p) for p in rest["params"]} == {id(p) for p in trained.values()} - mixers and rest["params"]
-    progress.step = 50
-    progress.schedule(100)
+    progress.schedule(50, 100)
     assert progress.rates == {"lr": pytest.approx(0.5e-4), "mixer_lr": pytest.approx(0.5e-2)}
     for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)

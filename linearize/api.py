@@ -23,7 +23,7 @@ from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, make_plan
-from linearize.recipe import Distill, Preference, Recipe
+from linearize.recipe import Distill, Preference, Recipe, Transfer
 from linearize.report import model_card, read_metrics, render_html
 from linearize.report.track import tracker
 from linearize.stages import Run, has_ended, run_stage
@@ -248,10 +248,16 @@ def _stages(
         load_teacher=lambda device: load_teacher(job.source, job.dtype, device, job.trust_remote_code)[0],
     )
     tokens = seconds = 0.0
-    for index, (name, settings) in enumerate(stage_names(job.recipe)):
+    recipe = job.recipe
+    converted = [] if surgery is None else sorted(surgery.teachers)
+    for index, (name, settings, turn) in enumerate(stage_names(recipe)):
+        if surgery is not None and recipe.progressive > 1:
+            surgery.activate(layer for earlier in range(turn + 1) for layer in recipe.joining(converted, earlier))
         steps = settings.steps(job.recipe.data.length)
         watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
-        own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=job.recipe.needs_teacher_copy(index))
+        own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=recipe.needs_teacher_copy(index))
+        if surgery is not None and isinstance(settings, Transfer):
+            own.surgery = surgery.only(recipe.joining(converted, turn))
         spent = run_stage(settings, own, name)
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
@@ -260,12 +266,12 @@ def _stages(
             rows.add({**quality.row(f"after {name}"), "tokens": int(tokens), "seconds": seconds})
 
 
-def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """Yield each stage under a name of its own: `transfer`, `finetune`, `finetune-2`."""
+def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any, int]]:
+    """Yield each stage that runs under a name of its own (`transfer`, `finetune`, `finetune-2`), and its round."""
     seen: dict[str, int] = {}
-    for settings in recipe.stages:
+    for turn, settings in recipe.schedule():
         count = seen[settings.stage] = seen.get(settings.stage, 0) + 1
-        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings
+        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings, turn
 
 
 class Rows:
@@ -288,7 +294,7 @@ class Rows:
     def complete(self, job: Job) -> bool:
         """Return whether every row of the job was measured."""
         surgery = ["after surgery"] if job.recipe.mixer is not None else []
-        names = ["teacher", *surgery, *(f"after {name}" for name, _ in stage_names(job.recipe))]
+        names = ["teacher", *surgery, *(f"after {name}" for name, _, _ in stage_names(job.recipe))]
         return all(map(self.has, names))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -303,7 +309,7 @@ class Rows:
 
 def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
-    stages = [stage for stage in job.recipe.stages if not isinstance(stage, Preference)]
+    stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
     budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
     tokens = max(1, budget) * job.recipe.data.length
     return _kept(work / "data", lambda: build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed))
@@ -313,7 +319,7 @@ def _pairs(job: Job, tokenizer: Any, work: Path) -> dict[str, Corpus]:
     """The pairs of each preference stage, by its name."""
     found: dict[str, Corpus] = {}
     length = job.recipe.data.length
-    for name, stage in stage_names(job.recipe):
+    for name, stage, _ in stage_names(job.recipe):
         if isinstance(stage, Preference):
             count = stage.steps(length) * stage.batch
             build = partial(build_preferences, stage, tokenizer, length=length, pairs=count, seed=job.seed)

@@ -128,10 +128,10 @@ def make_plan(
         network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
-    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.stages)))
+    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
-    answers = sum(_kept_bytes(stage, recipe.data.length) for stage in recipe.stages)
+    answers = sum(_kept_bytes(stage, recipe.data.length) for _, stage in recipe.schedule())
     return Plan(
         recipe=recipe,
         model=model,
@@ -220,7 +220,12 @@ def _memory_words(recipe: Recipe) -> str:
 
 
 def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> StagePlan:
-    stage = recipe.stages[index]
+    turn, stage = recipe.schedule()[index]
+    if recipe.mixer is not None:
+        layers = recipe.converted_layers(network.config.num_hidden_layers)
+        first = turn if isinstance(stage, Transfer) else 0
+        joined = [layer for earlier in range(first, turn + 1) for layer in recipe.joining(layers, earlier)]
+        mixers = {layer: mixer for layer, mixer in mixers.items() if layer in joined}
     trained = _trained(stage, network, mixers)
     if not trained:
         raise LinearizeError(

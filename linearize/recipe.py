@@ -365,6 +365,9 @@ class Recipe(Strict):
         layers: which layers are converted: all, a list, or all but those of `{every: 8}` or `{keep: 0.25}`.
         exact_heads: (layer, KV head) pairs that keep full softmax attention and a growing cache.
         stages: what recovers the quality, in order.
+        progressive: rounds of conversion (The Mamba in the Llama, arXiv:2408.15237): every round replaces an equal
+            share of the layers, spread over the model, and runs all stages but `preference`, each with an equal share
+            of its tokens. What is replaced in a later round is the model as trained by then.
     """
 
     name: str = Field(min_length=1)
@@ -374,6 +377,7 @@ class Recipe(Strict):
     layers: Literal["all"] | list[NonNegative] | SoftmaxLayers = "all"
     exact_heads: list[Pair] = []
     stages: list[AnyStage] = []
+    progressive: int = Field(1, ge=1)
     data: Data = Data()
     quick: Quick = Quick()
 
@@ -402,12 +406,42 @@ class Recipe(Strict):
                 )
             trained = trained or (stage.stage if stage.stage != "transfer" else "")
 
+        if self.progressive > 1:
+            self._check_progressive()
+
+    def _check_progressive(self) -> None:
+        kinds = [stage.stage for stage in self.stages]
+        if self.mixer is None or set(kinds) <= {"preference"}:
+            raise ValueError("`progressive` repeats the stages that train mixers, and there are none; drop it")
+        if "preference" in kinds and set(kinds[kinds.index("preference") :]) != {"preference"}:
+            raise ValueError("with `progressive`, `preference` stages come last: they run once, behind all rounds")
+
+    def schedule(self) -> list[tuple[int, AnyStage]]:
+        """Return every stage that runs, in order, with the round (from 0) that it runs in."""
+        if self.progressive == 1:
+            return [(0, stage) for stage in self.stages]
+        repeated = [stage for stage in self.stages if stage.stage != "preference"]
+        shares = [stage.model_copy(update={"tokens": max(1, stage.tokens // self.progressive)}) for stage in repeated]
+        rounds = [(turn, share) for turn in range(self.progressive) for share in shares]
+        return rounds + [(self.progressive - 1, stage) for stage in self.stages if stage.stage == "preference"]
+
+    def joining(self, layers: list[int], turn: int) -> list[int]:
+        """Return which of the converted layers are replaced in a round.
+
+        Raises:
+            LinearizeError: there are more rounds than layers.
+        """
+        if len(layers) < self.progressive:
+            raise LinearizeError(f"`progressive` is {self.progressive}, and only {len(layers)} layers are converted.")
+        return layers[turn :: self.progressive]
+
     def needs_teacher_copy(self, index: int) -> bool:
-        """Return whether stage `index` needs the teacher a second time: its weights train there, or did before."""
-        stage = self.stages[index]
+        """Return whether stage `index` of `schedule` needs the teacher anew: its weights train there, or did before."""
+        stages = [stage for _, stage in self.schedule()]
+        stage = stages[index]
         if not isinstance(stage, Distill | Preference):
             return False
-        moved = not all(self._keeps_teacher(s) for s in self.stages[:index] if isinstance(s, EndToEnd))
+        moved = not all(self._keeps_teacher(s) for s in stages[:index] if isinstance(s, EndToEnd))
         if isinstance(stage, Preference):  # its teacher runs before the first step, and so does a cached one
             return moved
         return moved or stage.teacher_device is not None or (stage.train == "full" and not stage.cache)
@@ -415,7 +449,11 @@ class Recipe(Strict):
     def _keeps_teacher(self, stage: EndToEnd) -> bool:
         """Whether a stage changes nothing but converted attention, of which the teacher has its own."""
         if stage.train == "lora":
-            return self.layers == "all" and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+            return (
+                self.progressive == 1
+                and self.layers == "all"
+                and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+            )
         return stage.train == "mixer"
 
     def _check_layers(self) -> None:

@@ -45,7 +45,7 @@ class FinetuneRunner(StageRunner):
         model.requires_grad_(False)
         model.train()
         if self.settings.train == "full":
-            model.float().requires_grad_(True)
+            model.requires_grad_(True)
             trained = dict(model.named_parameters())
         elif self.settings.train == "lora":
             add_lora(model, self.settings.lora)

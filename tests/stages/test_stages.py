@@ -368,7 +368,7 @@ def test_mixers_have_their_own_learning_rate(make_run, settings, runner_class) -
     before = [(group["params"][0].clone(), group) for group in (rest, own)]
     progress.advance(lambda: 0.0)
     for parameter, group in before:
-        moved = (parameter - group["params"][0]).abs().max()
+        moved = (parameter - group["params"][0]).detach().abs().max()
         assert float(moved) == pytest.approx(group["lr"], rel=1e-2)  # Adam's first step is the learning rate
 
 
@@ -385,3 +385,24 @@ def test_mixers_have_their_own_learning_rate(make_run, settings, runner_class) -
 def test_a_mixers_learning_rate_without_an_effect_is_an_error(recipe, words: str) -> None:
     with pytest.raises(LinearizeError, match=words):
         Recipe.parse({"name": "r", **recipe}, "r")
+
+
+def test_weights_that_train_in_fp32_come_back_in_their_own_dtype(make_run) -> None:
+    run = make_run(LIGER)
+    run.model.to(torch.bfloat16)
+    run.autocast = torch.bfloat16
+    before = {name: tensor.dtype for name, tensor in run.model.state_dict().items()}
+    seen = []
+    run.progress = lambda record: seen.append({p.dtype for p in run.model.parameters()})
+    run_stage(Finetune(train="full", tokens=48 * 4, batch=2, optimizer=FAST), run, "finetune")
+    assert seen == [{torch.float32}] * 2
+    assert {name: tensor.dtype for name, tensor in run.model.state_dict().items()} == before
+    assert torch.bfloat16 in before.values()
+
+
+def test_a_second_stage_of_adapters_warns_of_nothing(make_run, recwarn) -> None:
+    run = make_run(LIGER)
+    for name in ("one", "two"):
+        run_stage(Finetune(tokens=96, batch=2, optimizer=FAST), run, name)
+        run_stage(Transfer(train="qk", tokens=96, batch=2, optimizer=FAST), run, f"transfer-{name}")
+    assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]

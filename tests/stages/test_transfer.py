@@ -7,6 +7,7 @@ import torch
 
 from linearize.errors import LinearizeError
 from linearize.recipe import Lora, Mixer, Optimizer, Recipe, Transfer
+from linearize.registry import families
 from linearize.stages import base, run_stage
 from linearize.stages.transfer import TransferRunner
 
@@ -245,3 +246,20 @@ def test_layers_that_train_nothing_have_no_turn(make_run, liger, random_teacher)
         run_stage(Transfer(tokens=48 * 2 * 2, batch=2, order=order), run, order)
         assert {layer for record in seen for layer in record["layers"]} == {1, 3}
         assert len(seen) == (2 if order == "together" else 4)
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_blocks_of_every_family_begin_with_the_teachers_states(make_run, liger, corpus, family) -> None:
+    """Blocks of one layer, run one after the other, see what they see in one pass of the whole decoder."""
+    rows, losses = corpus.train[:2], []
+    for order in ("together", "layerwise"):
+        run = make_run(liger, family=family, num_hidden_layers=3)
+        runner = TransferRunner(Transfer(order=order, tokens=48 * 8, batch=8), run)
+        runner.prepare()
+        seen = {}
+        for turn in range(runner.rounds):
+            runner.begin(turn)
+            seen.update(runner._pass(rows, training=True))
+        losses.append(seen)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert min(losses[0].values()) > 1e-3

@@ -7,7 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 
 from linearize import workspace, yaml_io
 from linearize.checkpoint import write_text
-from linearize.data import Corpus, build_corpus, evaluation_rows
+from linearize.data import Corpus, build_corpus, build_preferences, evaluation_rows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import Plan, check_disk, make_plan
-from linearize.recipe import Recipe
+from linearize.recipe import Distill, Preference, Recipe, Transfer
 from linearize.report import model_card, read_metrics, render_html
 from linearize.report.track import tracker
 from linearize.stages import Run, has_ended, run_stage
@@ -90,6 +91,9 @@ def prepare_job(
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
     where = _device(device)
     _check_backend()
+    for stage in chosen.stages:
+        if isinstance(stage, Distill) and stage.teacher_device is not None:
+            _device(stage.teacher_device, "`teacher_device`")
     kind = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
@@ -186,7 +190,9 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     watch({"event": "load", "model": job.source.name})
     model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
     corpus = _corpus(job, tokenizer, work)
-    watch({"event": "data", "description": corpus.description})
+    pairs = _pairs(job, tokenizer, work)
+    for part in (corpus, *pairs.values()):
+        watch({"event": "data", "description": part.description})
     rows = Rows(work / "rows.json", watch)
     samples: dict[str, str] = {"prompt": PROMPT}
     reference = None
@@ -199,7 +205,7 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     if surgery is not None and not rows.has("after surgery"):
         watch({"event": "evaluate", "name": "after surgery"})
         rows.add({**evaluate(model, corpus.held_out, reference).row("after surgery"), "tokens": 0, "seconds": 0.0})
-    _stages(job, model, surgery, corpus, reference, work, rows, watch)
+    _stages(job, model, surgery, corpus, pairs, reference, work, rows, watch)
     samples["student"] = sample(model, tokenizer, PROMPT)
     results = {
         "model": job.source.name,
@@ -223,6 +229,7 @@ def _stages(
     model: Any,
     surgery: Surgery | None,
     corpus: Corpus,
+    pairs: dict[str, Corpus],
     reference: TeacherReference | None,
     work: Path,
     rows: Rows,
@@ -238,12 +245,20 @@ def _stages(
         autocast=None if job.dtype == torch.float32 else job.dtype,
         metrics=work / "metrics.jsonl",
         progress=lambda record: watch({"event": "step", **record}),
+        load_teacher=lambda device: load_teacher(job.source, job.dtype, device, job.trust_remote_code)[0],
     )
     tokens = seconds = 0.0
-    for name, settings in stage_names(job.recipe):
+    recipe = job.recipe
+    converted = [] if surgery is None else sorted(surgery.teachers)
+    for index, (name, settings, turn) in enumerate(stage_names(recipe)):
+        if surgery is not None and recipe.progressive > 1:
+            surgery.activate(layer for earlier in range(turn + 1) for layer in recipe.joining(converted, earlier))
         steps = settings.steps(job.recipe.data.length)
         watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
-        spent = run_stage(settings, run, name)
+        own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=recipe.needs_teacher_copy(index))
+        if surgery is not None and isinstance(settings, Transfer):
+            own.surgery = surgery.only(recipe.joining(converted, turn))
+        spent = run_stage(settings, own, name)
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
             watch({"event": "evaluate", "name": f"after {name}"})
@@ -251,12 +266,12 @@ def _stages(
             rows.add({**quality.row(f"after {name}"), "tokens": int(tokens), "seconds": seconds})
 
 
-def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """Yield each stage under a name of its own: `transfer`, `finetune`, `finetune-2`."""
+def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any, int]]:
+    """Yield each stage that runs under a name of its own (`transfer`, `finetune`, `finetune-2`), and its round."""
     seen: dict[str, int] = {}
-    for settings in recipe.stages:
+    for turn, settings in recipe.schedule():
         count = seen[settings.stage] = seen.get(settings.stage, 0) + 1
-        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings
+        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings, turn
 
 
 class Rows:
@@ -279,7 +294,7 @@ class Rows:
     def complete(self, job: Job) -> bool:
         """Return whether every row of the job was measured."""
         surgery = ["after surgery"] if job.recipe.mixer is not None else []
-        names = ["teacher", *surgery, *(f"after {name}" for name, _ in stage_names(job.recipe))]
+        names = ["teacher", *surgery, *(f"after {name}" for name, _, _ in stage_names(job.recipe))]
         return all(map(self.has, names))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -294,13 +309,30 @@ class Rows:
 
 def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
-    folder = work / "data"
+    stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
+    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
+    tokens = max(1, budget) * job.recipe.data.length
+    return _kept(work / "data", lambda: build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed))
+
+
+def _pairs(job: Job, tokenizer: Any, work: Path) -> dict[str, Corpus]:
+    """The pairs of each preference stage, by its name."""
+    found: dict[str, Corpus] = {}
+    length = job.recipe.data.length
+    for name, stage, _ in stage_names(job.recipe):
+        if isinstance(stage, Preference):
+            count = stage.steps(length) * stage.batch
+            build = partial(build_preferences, stage, tokenizer, length=length, pairs=count, seed=job.seed)
+            found[name] = _kept(work / f"data-{name}", build)
+    return found
+
+
+def _kept(folder: Path, build: Callable[[], Corpus]) -> Corpus:
+    """The corpus in a folder, built and saved there first where it is not."""
     if folder.exists():
         return Corpus.load(folder)
-    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in job.recipe.stages)
-    tokens = max(1, budget) * job.recipe.data.length
-    corpus = build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed)
-    beside = work / "data.new"
+    corpus = build()
+    beside = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     corpus.save(beside)
     beside.rename(folder)
@@ -348,17 +380,17 @@ def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
     return tell
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, setting: str = "--device") -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise LinearizeError(f"--device {name} is no device; use cpu, cuda or cuda:1.") from error
+        raise LinearizeError(f"{setting} {name} is no device; use cpu, cuda or cuda:1.") from error
     if device.type not in ("cpu", "cuda"):
-        raise LinearizeError(f"--device {name} is not served; use cpu or cuda.")
+        raise LinearizeError(f"{setting} {name} is not served; use cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LinearizeError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
+        raise LinearizeError(f"{setting} {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
     return device
 
 

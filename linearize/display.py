@@ -85,7 +85,7 @@ class RunDisplay:
     def _step(self, event: dict[str, Any]) -> None:
         if self._progress is not None:
             loss, speed = small(event["loss"]), number(event["tokens_per_second"])
-            self._progress.update(self._task, completed=event["step"], loss=loss, speed=speed)
+            self._progress.update(self._task, completed=event["step"], total=event["steps"], loss=loss, speed=speed)
 
 
 def show_results(results: dict[str, Any], output: Path, console: Console | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
-from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Recipe, Transfer
+from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Distill, Recipe, Transfer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,11 +52,12 @@ class StagePlan:
     """One stage: its tokens and optimizer steps, and how many parameters train.
 
     Attributes:
-        name: `transfer`, `finetune` or `distill`.
+        name: of the kind of stage.
         tokens: the budget.
         steps: optimizer steps that it takes.
         trained: parameters.
-        memory: estimated peak bytes, weights included.
+        memory: estimated peak bytes, weights included, a copy of the teacher's where one is loaded beside them,
+            and the hidden states that `order: layerwise` keeps on the CPU.
     """
 
     name: str
@@ -127,9 +128,10 @@ def make_plan(
         network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
-    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.stages)))
+    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
+    answers = sum(_kept_bytes(stage, recipe.data.length) for _, stage in recipe.schedule())
     return Plan(
         recipe=recipe,
         model=model,
@@ -138,7 +140,7 @@ def make_plan(
         parameters=parameters,
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
-        disk=weights + 2 * checkpoint + SMALL_FILES,
+        disk=weights + 2 * checkpoint + answers + SMALL_FILES,
         cache={context: _cache_bytes(recipe, config, mixers, context, dtype) for context in CONTEXTS},
     )
 
@@ -218,19 +220,33 @@ def _memory_words(recipe: Recipe) -> str:
 
 
 def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> StagePlan:
-    stage = recipe.stages[index]
+    turn, stage = recipe.schedule()[index]
+    if recipe.mixer is not None:
+        layers = recipe.converted_layers(network.config.num_hidden_layers)
+        first = turn if isinstance(stage, Transfer) else 0
+        joined = [layer for earlier in range(first, turn + 1) for layer in recipe.joining(layers, earlier)]
+        mixers = {layer: mixer for layer, mixer in mixers.items() if layer in joined}
     trained = _trained(stage, network, mixers)
     if not trained:
         raise LinearizeError(
             f"`stages.{index}` ({stage.stage}) trains nothing: its `train: {stage.train}` finds no parameter in this "
             "mixer. Drop the stage, or train LoRA deltas (`train: qkvo`)."
         )
+    if isinstance(stage, Transfer) and stage.maps:
+        from linearize.stages.maps import check_map
+
+        for mixer in mixers.values():
+            check_map(mixer)
     length = recipe.data.length
     steps = stage.steps(length)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     rows = (stage.micro_batch or stage.batch) * length
     activations = rows * _activation_bytes(stage, network.config, dtype)
-    return StagePlan(stage.stage, stage.tokens, steps, trained, weights + trained * TRAIN_BYTES + activations)
+    copied = recipe.needs_teacher_copy(index) and getattr(stage, "teacher_device", None) is None
+    memory = weights * (2 if copied else 1) + trained * TRAIN_BYTES + activations
+    if isinstance(stage, Transfer):
+        memory += _transfer_bytes(stage, network.config, dtype, rows, length)
+    return StagePlan(stage.stage, stage.tokens, steps, trained, memory)
 
 
 def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
@@ -277,11 +293,27 @@ def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
     # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
     layer = int((13 * config.hidden_size + 4 * config.intermediate_size) * dtype.itemsize)
     if isinstance(stage, Transfer):
-        return layer
+        return layer * stage.block
     vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
     kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
     logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
-    return int(kept + logits)
+    aligned = 4 * vectors if isinstance(stage, Distill) and stage.hidden else 0
+    return int(kept + logits + aligned)
+
+
+def _transfer_bytes(stage: Transfer, config: Any, dtype: torch.dtype, tokens: int, length: int) -> int:
+    """Return the estimated bytes of attention maps, and of the hidden states of all rows that `layerwise` keeps."""
+    # Both maps, what the softmax and the logarithm keep, and their gradients, in fp32.
+    maps = 6 * 4 * tokens * length * config.num_attention_heads if stage.maps else 0
+    kept = stage.steps(length) * stage.batch * length * config.hidden_size * dtype.itemsize
+    return maps + (kept if stage.order == "layerwise" else 0)
+
+
+def _kept_bytes(stage: AnyStage, length: int) -> int:
+    """Return the most bytes that the teacher's likeliest tokens take on the disk: index and log-probability each."""
+    if not isinstance(stage, Distill) or not stage.cache:
+        return 0
+    return stage.steps(length) * stage.batch * length * 8 * ((stage.top_k or 0) + 1)
 
 
 def _cache_bytes(

@@ -82,9 +82,17 @@ Pair: TypeAlias = Annotated[tuple[NonNegative, NonNegative], Field(strict=False)
 
 
 class Optimizer(Strict):
-    """AdamW and its schedule. `warmup` and the cosine are fractions of the stage's steps."""
+    """AdamW and its schedule. `warmup` and the cosine are fractions of the stage's steps.
+
+    Args:
+        lr: learning rate.
+        mixer_lr: learning rate of the mixers' own parameters, on the same schedule; `lr` then serves all others.
+        schedule: `plateau` lowers the rate tenfold where the held-out loss stays, down to `min_lr`.
+        clip: largest norm of the gradients; null leaves them.
+    """
 
     lr: float = Field(1e-3, gt=0)
+    mixer_lr: float | None = Field(None, gt=0)
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)
     min_lr: float = Field(0.0, ge=0)
@@ -94,8 +102,9 @@ class Optimizer(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+        for name, rate in (("lr", self.lr), ("mixer_lr", self.mixer_lr)):
+            if rate is not None and self.min_lr > rate:
+                raise ValueError(f"min_lr ({self.min_lr:g}) is above {name} ({rate:g})")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         return self
@@ -137,6 +146,10 @@ TRAINED_PROJECTIONS: dict[str, list[str]] = {
 }
 
 
+# Rows up to which attention maps may be compared.
+MAP_TOKENS = 1024
+
+
 class Transfer(Stage):
     """Attention transfer: each mixer learns its own layer's attention output, layers isolated from each other.
 
@@ -145,6 +158,12 @@ class Transfer(Stage):
         target: compare before or after the output projection.
         loss: squared error, as it is or divided by the target's mean square.
         scale: factor on the loss (LoLCATs: 1000).
+        maps: factor on the cross-entropy between the teacher's and the mixer's attention maps, for rows of 1,024 tokens
+            at most (LoLCATs: 0, at 405B 1).
+        patience: a layer stops once its held-out loss, measured every 100 steps, has not fallen so many times in a row.
+        block: layers of a block; the student's hidden states pass through it, and each begins with the teacher's.
+        order: all layers `together`, or `layerwise`: one block after the other with all of its tokens, from the
+            teacher's hidden states, which are kept in memory. The same result, and one block at work.
     """
 
     stage: Literal["transfer"] = "transfer"
@@ -152,6 +171,10 @@ class Transfer(Stage):
     target: Literal["before_o_proj", "after_o_proj"] = "before_o_proj"
     loss: Literal["mse", "normalized_mse"] = "normalized_mse"
     scale: float = Field(1.0, gt=0)
+    maps: float = Field(0.0, ge=0)
+    patience: int | None = Field(None, ge=1)
+    block: int = Field(1, ge=1)
+    order: Literal["together", "layerwise"] = "together"
     lora: Lora = Lora()
 
     @model_validator(mode="after")
@@ -160,74 +183,127 @@ class Transfer(Stage):
             raise ValueError(
                 "`lora` is set but `train: mixer` has no adapters; use `train: qk` or `qkvo`, or drop `lora`"
             )
+        if self.train == "mixer" and self.optimizer.mixer_lr is not None:
+            raise ValueError("`optimizer.mixer_lr` has no effect: mixers alone train; give `lr`")
         return self
-
-
-class Finetune(Stage):
-    """Next-token cross-entropy with LoRA adapters (merged at the end) or on all parameters.
-
-    Args:
-        train: `lora` or `full`.
-        train_mixer: the mixers' own parameters train too.
-        z_loss: factor on the squared log-sum-exp of the logits, which keeps them from drifting (PaLM: 1e-4).
-        gradient_checkpointing: recompute activations in the backward pass; changes memory only.
-    """
-
-    stage: Literal["finetune"] = "finetune"
-    train: Literal["lora", "full"] = "lora"
-    train_mixer: bool = False
-    z_loss: float = Field(0.0, ge=0)
-    lora: Lora = Lora()
-    gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
-    def _check_lora(self) -> Self:
-        if self.train == "full" and self.lora != Lora():
-            raise ValueError("`lora` is set but `train: full` has no adapters; use `train: lora`, or drop `lora`")
+    def _check_order(self) -> Self:
+        if self.maps and self.block > 1:
+            raise ValueError("`maps` compares layers on the teacher's input; it needs `block: 1`")
+        if self.order == "layerwise" and (self.patience is not None or self.optimizer.schedule == "plateau"):
+            raise ValueError(
+                "`order: layerwise` has no held-out loss of all layers; use `order: together`, or drop `patience` and "
+                "`schedule: plateau`"
+            )
         return self
 
 
-class Distill(Stage):
-    """End-to-end distillation: the student's next-token distribution is brought to the teacher's.
-
-    The loss is the mean over the labelled tokens of `kl * temperature^2 * KL + cross_entropy * CE`, where both
-    distributions are taken at `temperature` (Hinton et al., arXiv:1503.02531). The teacher is the same model with the
-    attention that was replaced, so its weights must not train.
+class EndToEnd(Stage):
+    """What the stages that train the whole model have in common.
 
     Args:
-        train: `lora` adapters, or the `mixer`s' own parameters alone.
-        train_mixer: the mixers' own parameters train too.
-        divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
-        temperature: divides the logits of both.
-        kl: factor on the divergence.
-        cross_entropy: factor on the cross-entropy of the labels.
+        train: LoRA adapters (merged at the end), the `mixer`s' own parameters alone, or all parameters (`full`).
+        train_mixer: the mixers' own parameters train beside the adapters.
         gradient_checkpointing: recompute activations in the backward pass; changes memory only.
     """
 
-    stage: Literal["distill"] = "distill"
     train: Literal["lora", "mixer", "full"] = "lora"
     train_mixer: bool = True
-    divergence: Literal["forward", "reverse"] = "forward"
-    temperature: float = Field(1.0, gt=0)
-    kl: float = Field(1.0, gt=0)
-    cross_entropy: float = Field(0.0, ge=0)
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _check_train(self) -> Self:
-        if self.train == "full":
+        if self.train != "lora" and self.lora != Lora():
             raise ValueError(
-                "`train: full` would move the teacher, whose weights the student shares; use `train: lora` or `mixer`"
+                f"`lora` is set but `train: {self.train}` has no adapters; use `train: lora`, or drop `lora`"
             )
-        if self.train == "mixer" and self.lora != Lora():
-            raise ValueError("`lora` is set but `train: mixer` has no adapters; use `train: lora`, or drop `lora`")
         if self.train == "mixer" and not self.train_mixer:
             raise ValueError("`train: mixer` with `train_mixer: false` trains nothing")
+        if self.optimizer.mixer_lr is not None and (
+            self.train == "mixer" or (self.train == "lora" and not self.train_mixer)
+        ):
+            what = "mixers alone train; give `lr`" if self.train == "mixer" else "`train_mixer` is false"
+            raise ValueError(f"`optimizer.mixer_lr` has no effect: {what}")
         return self
 
 
-AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill, Field(discriminator="stage")]
+class Finetune(EndToEnd):
+    """Next-token cross-entropy.
+
+    Args:
+        z_loss: factor on the squared log-sum-exp of the logits, which keeps them from drifting (PaLM: 1e-4).
+    """
+
+    stage: Literal["finetune"] = "finetune"
+    train_mixer: bool = False
+    z_loss: float = Field(0.0, ge=0)
+
+
+class Distill(EndToEnd):
+    """End-to-end distillation: the student's next-token distribution is brought to the teacher's.
+
+    The loss is the mean over the labelled tokens of `kl * temperature^2 * KL + cross_entropy * CE + hidden * D`, where
+    both distributions are taken at `temperature` (Hinton et al., arXiv:1503.02531). The teacher is the student's own
+    model with the attention that was replaced; where those weights train, or did before, it is loaded a second time.
+
+    Args:
+        divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
+        temperature: divides the logits of both.
+        kl: factor on the divergence.
+        top_k: compare the teacher's k likeliest tokens, and all others as one: never above the whole divergence, and
+            equal to it where k is the vocabulary. Null compares the whole vocabulary.
+        cross_entropy: factor on the cross-entropy of the labels.
+        hidden: factor on D, the squared distance of each layer's output from the teacher's over the teacher's squared
+            norm, mean over layers.
+        teacher_device: where a copy of the teacher runs, such as `cuda:1`.
+        cache: run the teacher before the stage and keep its `top_k` log-probabilities on the disk.
+    """
+
+    stage: Literal["distill"] = "distill"
+    divergence: Literal["forward", "reverse"] = "forward"
+    temperature: float = Field(1.0, gt=0)
+    kl: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1)
+    cross_entropy: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+    teacher_device: str | None = None
+    cache: bool = False
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache and self.top_k is None:
+            raise ValueError("`cache: true` keeps the teacher's likeliest tokens; say how many, such as `top_k: 64`")
+        if self.cache and self.hidden:
+            raise ValueError("`hidden` needs the teacher's layers, and `cache: true` keeps its logits alone")
+        return self
+
+
+class Preference(EndToEnd):
+    """Direct preference optimization with the teacher as reference (DPO, arXiv:2305.18290, eq. 7).
+
+    The loss of a pair is `-log sigmoid(beta * (r(chosen) - r(rejected)))`, where r is the student's log-probability
+    less the teacher's, summed over the answer's tokens. A pair is one row: each answer, with its prompt, has half of
+    `data.length`.
+
+    Args:
+        beta: how far the student may move from the teacher; small is far.
+        source: `builtin`, a file, a folder or a hub id, with rows of `prompt`, `chosen` and `rejected`: strings, or
+            lists of messages. `builtin` prefers a true continuation to its words in random order.
+        split: of the source.
+        format: `text` joins prompt and answer, `chat` writes them through the chat template; `auto` takes strings as
+            text and messages as chat.
+    """
+
+    stage: Literal["preference"] = "preference"
+    beta: float = Field(0.1, gt=0)
+    source: str = "builtin"
+    split: str = "train"
+    format: Literal["auto", "text", "chat"] = "auto"
+
+
+AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill | Preference, Field(discriminator="stage")]
 
 
 class SoftmaxLayers(Strict):
@@ -289,6 +365,9 @@ class Recipe(Strict):
         layers: which layers are converted: all, a list, or all but those of `{every: 8}` or `{keep: 0.25}`.
         exact_heads: (layer, KV head) pairs that keep full softmax attention and a growing cache.
         stages: what recovers the quality, in order.
+        progressive: rounds of conversion (The Mamba in the Llama, arXiv:2408.15237): every round replaces an equal
+            share of the layers, spread over the model, and runs all stages but `preference`, each with an equal share
+            of its tokens. What is replaced in a later round is the model as trained by then.
     """
 
     name: str = Field(min_length=1)
@@ -298,6 +377,7 @@ class Recipe(Strict):
     layers: Literal["all"] | list[NonNegative] | SoftmaxLayers = "all"
     exact_heads: list[Pair] = []
     stages: list[AnyStage] = []
+    progressive: int = Field(1, ge=1)
     data: Data = Data()
     quick: Quick = Quick()
 
@@ -309,28 +389,71 @@ class Recipe(Strict):
         return self
 
     def _check_stages(self) -> None:
-        earlier: list[Finetune | Distill] = []
+        trained = ""
         for stage in self.stages:
-            if stage.stage != "finetune" and self.mixer is None:
+            if self.mixer is None and stage.stage != "finetune":
                 raise ValueError(f"a `{stage.stage}` stage needs a mixer to train, and `mixer` is null")
-            if isinstance(stage, Transfer):
-                if earlier:
-                    raise ValueError(
-                        f"a `transfer` stage stands behind a `{earlier[0].stage}` stage, which has changed its teacher "
-                        "by then"
-                    )
-                continue
-            if isinstance(stage, Distill) and not all(map(self._keeps_teacher, earlier)):
+            if self.mixer is None and stage.optimizer.mixer_lr is not None:
+                raise ValueError("`optimizer.mixer_lr` has no effect where `mixer` is null; drop it")
+            if isinstance(stage, Transfer) and stage.maps and self.data.length > MAP_TOKENS:
                 raise ValueError(
-                    "a `distill` stage stands behind a stage that changed weights which its teacher shares; before "
-                    "it, train LoRA on q_proj, k_proj, v_proj or o_proj alone, with `layers: all`"
+                    f"a `transfer` stage has `maps`, whose memory grows with the square of the row: set `data.length` "
+                    f"({self.data.length}) to {MAP_TOKENS} at most, or drop `maps`"
                 )
-            earlier.append(stage)
+            if stage.stage == "transfer" and trained:
+                raise ValueError(
+                    f"a `transfer` stage stands behind a `{trained}` stage, which has changed its teacher by then"
+                )
+            trained = trained or (stage.stage if stage.stage != "transfer" else "")
 
-    def _keeps_teacher(self, stage: Finetune | Distill) -> bool:
+        if self.progressive > 1:
+            self._check_progressive()
+
+    def _check_progressive(self) -> None:
+        kinds = [stage.stage for stage in self.stages]
+        if self.mixer is None or set(kinds) <= {"preference"}:
+            raise ValueError("`progressive` repeats the stages that train mixers, and there are none; drop it")
+        if "preference" in kinds and set(kinds[kinds.index("preference") :]) != {"preference"}:
+            raise ValueError("with `progressive`, `preference` stages come last: they run once, behind all rounds")
+
+    def schedule(self) -> list[tuple[int, AnyStage]]:
+        """Return every stage that runs, in order, with the round (from 0) that it runs in."""
+        if self.progressive == 1:
+            return [(0, stage) for stage in self.stages]
+        repeated = [stage for stage in self.stages if stage.stage != "preference"]
+        shares = [stage.model_copy(update={"tokens": max(1, stage.tokens // self.progressive)}) for stage in repeated]
+        rounds = [(turn, share) for turn in range(self.progressive) for share in shares]
+        return rounds + [(self.progressive - 1, stage) for stage in self.stages if stage.stage == "preference"]
+
+    def joining(self, layers: list[int], turn: int) -> list[int]:
+        """Return which of the converted layers are replaced in a round.
+
+        Raises:
+            LinearizeError: there are more rounds than layers.
+        """
+        if len(layers) < self.progressive:
+            raise LinearizeError(f"`progressive` is {self.progressive}, and only {len(layers)} layers are converted.")
+        return layers[turn :: self.progressive]
+
+    def needs_teacher_copy(self, index: int) -> bool:
+        """Return whether stage `index` of `schedule` needs the teacher anew: its weights train there, or did before."""
+        stages = [stage for _, stage in self.schedule()]
+        stage = stages[index]
+        if not isinstance(stage, Distill | Preference):
+            return False
+        moved = not all(self._keeps_teacher(s) for s in stages[:index] if isinstance(s, EndToEnd))
+        if isinstance(stage, Preference):  # its teacher runs before the first step, and so does a cached one
+            return moved
+        return moved or stage.teacher_device is not None or (stage.train == "full" and not stage.cache)
+
+    def _keeps_teacher(self, stage: EndToEnd) -> bool:
         """Whether a stage changes nothing but converted attention, of which the teacher has its own."""
         if stage.train == "lora":
-            return self.layers == "all" and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+            return (
+                self.progressive == 1
+                and self.layers == "all"
+                and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+            )
         return stage.train == "mixer"
 
     def _check_layers(self) -> None:
@@ -506,6 +629,8 @@ class Recipe(Strict):
         tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
         for stage in tree["stages"]:
             stage["batch"], stage["micro_batch"] = self.quick.batch, 1
+            if stage["stage"] == "preference":
+                stage.update(source="builtin", split="train", format="auto")
         recipe = self.parse(tree, self.name)
         return recipe.with_tokens(self.quick.tokens) if self.stages else recipe
 

@@ -128,6 +128,33 @@ def test_lora_counts(tiny_config) -> None:
     assert full.stages[0].trained == full.parameters + full.mixer_parameters
 
 
+def test_what_distillation_keeps_is_planned(tiny_config) -> None:
+    def plan(options: str):
+        recipe = short("liger", f"stages=[{{stage: distill, tokens: 6400, batch: 2{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32)
+
+    plain, full, kept = plan(""), plan(", train: full"), plan(", train: full, cache: true, top_k: 9")
+    weights = 4 * (plain.parameters + plain.mixer_parameters)
+    assert full.stages[0].trained == plain.parameters + plain.mixer_parameters
+    assert full.memory - kept.memory == weights
+    assert kept.disk - full.disk == 6400 * 10 * 8
+    assert plan(", train: full, teacher_device: cpu").memory == kept.memory
+    assert plan(", hidden: 0.1").memory > plain.memory
+
+
+def test_what_transfer_keeps_is_planned(tiny_config) -> None:
+    def memory(options: str = "", name: str = "lolcats") -> int:
+        recipe = short(name, f"stages=[{{stage: transfer, tokens: 6400, batch: 2, micro_batch: 1{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32).stages[0].memory
+
+    assert memory(", order: layerwise") - memory() == 6400 * 64 * 4
+    assert memory(", maps: 1.0") - memory() == 6 * 4 * 64 * 64 * 4
+    per_token = 4 * (13 * 64 + 4 * 96)
+    assert memory(", block: 2") - memory() == 64 * per_token
+    with pytest.raises(LinearizeError, match="no attention map: its `combine`"):
+        memory(", maps: 1.0", "liger")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -283,3 +283,24 @@ def test_a_rule_that_keeps_no_layer_or_all_is_an_error() -> None:
         Recipe.from_yaml("liger", ["layers={keep: 0.1}"]).converted_layers(4)
     with pytest.raises(LinearizeError, match="keeps 2 of the model's 2 layers"):
         Recipe.from_yaml("liger", ["layers={keep: 0.9}"]).converted_layers(2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"mixer": None, "stages": [{"stage": "finetune"}]}, "`progressive` repeats"),
+        ({"stages": [{"stage": "preference"}]}, "`progressive` repeats"),
+        ({"stages": [{"stage": "preference"}, {"stage": "distill"}]}, "`preference` stages come last"),
+    ],
+)
+def test_rounds_without_an_effect_are_an_error(recipe, words: str) -> None:
+    with pytest.raises(LinearizeError, match=words):
+        Recipe.parse({"name": "r", "progressive": 2, **recipe}, "r")
+
+
+def test_rounds_replace_layers_that_are_spread_over_the_model() -> None:
+    recipe = Recipe.parse({"name": "r", "progressive": 3, "stages": [{"stage": "transfer", "tokens": 300}]}, "r")
+    assert [recipe.joining(list(range(8)), turn) for turn in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert [(turn, stage.tokens) for turn, stage in recipe.schedule()] == [(0, 100), (1, 100), (2, 100)]
+    with pytest.raises(LinearizeError, match="only 2 layers"):
+        recipe.joining([0, 1], 0)

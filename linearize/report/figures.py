@@ -121,10 +121,9 @@ def transfer_figure(records: list[Record]) -> Figure | None:
     logged = [record for record in records if record.get("layers")]
     if not logged:
         return None
-    layers = sorted(map(int, logged[0]["layers"]))
+    layers = sorted({int(layer) for record in logged for layer in record["layers"]})
     figure, (curves, ends) = panels(2, 3.6)
     palette, scale = matplotlib.colormaps["viridis"], colors.Normalize(min(layers), max(max(layers), 1))
-    tail = max(1, len(logged) // 10)
     everything: list[float] = []
     for layer in layers:
         points = [(record["tokens"], record["layers"].get(str(layer))) for record in logged]
@@ -132,6 +131,7 @@ def transfer_figure(records: list[Record]) -> Figure | None:
         if not kept:
             continue
         losses = [loss for _, loss in kept]
+        tail = max(1, len(losses) // 10)
         everything += losses
         curves.plot([tokens for tokens, _ in kept], smoothed(losses), color=palette(scale(layer)), linewidth=1.1)
         first, last = float(np.mean(losses[:tail])), float(np.mean(losses[-tail:]))

@@ -268,7 +268,7 @@ class ExactHeads(Strict):
     """
 
     keep: int | None = Field(None, ge=1)
-    cache: float | None = Field(None, gt=0, le=1)
+    cache: float | None = Field(None, gt=0, lt=1)
     by: Measure = "recall"
 
     @field_validator("cache", mode="before")
@@ -280,12 +280,6 @@ class ExactHeads(Strict):
             except ValueError:
                 return value
         return value
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.keep is None) == (self.cache is None):
-            raise ValueError("takes `keep` or `cache`, one of them: `{keep: 7}` or `{cache: 10%}`")
-        return self
 
 
 class Probe(Strict):
@@ -414,6 +408,8 @@ class Recipe(Strict):
         if self.probe.file is not None and not self.probed:
             raise ValueError("`probe.file` has no effect where nothing is chosen `by` it: `exact_heads: {keep: 7}`")
         if isinstance(self.exact_heads, ExactHeads):
+            if (self.exact_heads.keep is None) == (self.exact_heads.cache is None):
+                raise ValueError("`exact_heads` takes `keep` or `cache`, one of them: `{keep: 7}` or `{cache: 10%}`")
             return
         if len(set(self.exact_heads)) < len(self.exact_heads):
             raise ValueError(f"`exact_heads` repeats a pair: {[list(pair) for pair in self.exact_heads]}")

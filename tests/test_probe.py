@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,5 +308,6 @@ def test_a_model_of_one_chunk_of_candidates_or_many(random_teacher, monkeypatch)
     monkeypatch.setattr(probing, "_chunks", lambda units, _: ([unit] for unit in units))
     apart = score_units(model, rows, WINDOW)
     for one, other in zip(whole[1], apart[1], strict=True):
-        assert asdict(one) == pytest.approx(asdict(other), abs=1e-4, rel=1e-3)
-    assert SimpleNamespace(**whole[0]).log_prob == pytest.approx(apart[0]["log_prob"])
+        assert (one.layer, one.head) == (other.layer, other.head)
+        assert (one.recall, one.kl, one.transfer) == pytest.approx((other.recall, other.kl, other.transfer), abs=1e-4)
+    assert whole[0] == pytest.approx(apart[0])

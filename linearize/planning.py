@@ -185,7 +185,7 @@ def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
     if not isinstance(asked, ExactHeads):
         return len(asked)
     layers = recipe.converted_layers(config.num_hidden_layers)
-    heads = len(layers) * config.num_key_value_heads
+    heads = len(layers) * int(config.num_key_value_heads)
     if asked.keep is not None:
         if asked.keep > heads:
             raise LinearizeError(f"`exact_heads.keep` is {asked.keep}; the converted layers have {heads} KV heads.")

@@ -255,8 +255,9 @@ class _Batch:
 
     def _logits(self, copies: int) -> Tensor:
         """Return the model's logits at the places, [copies, B, P, V] in fp32."""
-        out = self.model(input_ids=self.ids.repeat(copies, 1), use_cache=False, logits_to_keep=self.places).logits
-        return out.float().unflatten(0, (copies, self.rows))
+        ids = self.ids.repeat(copies, 1)
+        out: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=self.places).logits
+        return out.float().view(copies, self.rows, *out.shape[1:])
 
     def candidates(
         self, attention: _Branches, layer: int, heads: Sequence[int | None]

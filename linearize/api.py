@@ -22,7 +22,7 @@ from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
-from linearize.planning import Plan, check_disk, make_plan, resolve_heads
+from linearize.planning import Plan, check_disk, leaves_a_choice, make_plan, place_heads, resolve_heads
 from linearize.probe import run_probe, sample_settings
 from linearize.recipe import Recipe
 from linearize.report import draw_png, model_card, read_metrics, render_html
@@ -331,17 +331,20 @@ def _probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> t
 
     The scores stay in the work folder: a run that goes on chooses what it chose before.
     """
-    recipe, path = job.recipe, work / FILE
+    recipe, path, scores = job.recipe, work / FILE, None
     if not recipe.probed:
         return job, None
-    if path.exists():
-        scores = ProbeScores.read(path)
-    elif recipe.probe.file is not None:
-        scores = ProbeScores.read(Path(recipe.probe.file))
-    else:
-        scores = _score(model, tokenizer, recipe, job.source.name, job.seed, watch)
-    scores.write(path)
-    chosen = resolve_heads(recipe, scores, model.config, job.dtype)
+    if leaves_a_choice(recipe, model.config, job.dtype):
+        if path.exists():
+            scores = ProbeScores.read(path)
+        elif recipe.probe.file is not None:
+            scores = ProbeScores.read(Path(recipe.probe.file))
+        else:
+            scores = _score(model, tokenizer, recipe, job.source.name, job.seed, watch)
+        scores.write(path)
+        chosen = resolve_heads(recipe, scores, model.config, job.dtype)
+    else:  # the cache budget buys no head, or every head
+        chosen = place_heads(recipe, model.config, job.dtype)
     plan = make_plan(chosen, model.config, model=job.source.name, dtype=job.dtype)
     watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers})
     return replace(job, plan=plan), scores
@@ -422,6 +425,8 @@ def probe(
         LinearizeError: something given does not work, or other scores lie in the folder.
     """
     job = prepare_job(model, recipe, **settings)
+    if job.recipe.probe.file is not None:
+        raise LinearizeError("`probe.file` holds the scores of an earlier probe, and this one makes its own; drop it.")
     folder = Path(output) if output is not None else Path(f"{job.source.name}-probe")
     config = load_config(job.source, job.trust_remote_code)
     wanted = {"samples": sample_settings(job.recipe, job.seed), "model": job.source.name}

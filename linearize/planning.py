@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers
-from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, ExactHeads, Probe, Recipe, Transfer
+from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, ExactHeads, Probe, Recipe, SoftmaxLayers, Transfer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -163,6 +163,15 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     scores.check(config, recipe, recipe.probe.file or "The probe")
     recipe = choose_layers(recipe, scores)
     return choose_heads(recipe, scores, count_heads(recipe, config, dtype))
+
+
+def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Return whether a probe has anything to choose: layers, or some but not all of the heads."""
+    if not isinstance(recipe.exact_heads, ExactHeads):
+        return recipe.probed
+    heads = len(recipe.converted_layers(config.num_hidden_layers)) * int(config.num_key_value_heads)
+    by_layer = isinstance(recipe.layers, SoftmaxLayers) and recipe.layers.by is not None
+    return by_layer or 0 < count_heads(recipe, config, dtype) < heads
 
 
 def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:

@@ -278,6 +278,12 @@ def test_the_probe_alone_serves_plans_and_runs(teacher, tmp_path, monkeypatch):
         plan(teacher, "untrained", overrides=[*given[:-1], f"probe.file={tmp_path / 'other.json'}"])
 
 
+def test_a_budget_that_buys_no_head_needs_no_probe(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "run_probe", None)
+    out = linearize(teacher, "untrained", tmp_path / "out", overrides=[*SMALL, "exact_heads.cache=2%"]).output
+    assert load(out).config.linearize["exact_heads"] == {} and not (out / "probe.json").exists()
+
+
 def test_layers_by_the_probe(teacher, tmp_path):
     overrides = [*SMALL, "exact_heads=[]", "layers={keep: 0.34, by: transfer}"]
     out = linearize(teacher, "untrained", tmp_path / "out", overrides=overrides).output

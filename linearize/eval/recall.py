@@ -312,7 +312,11 @@ def _special(tokenizer: Any) -> list[int]:
 
 
 def _continuation(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of question + answer, cut where the answer's begin."""
+    """Return the tokens of question + answer, cut where the answer's begin.
+
+    A blank that is a token of its own belongs to the question: whether a model would write it says nothing of recall.
+    """
     alone, both = _encode(tokenizer, question), _encode(tokenizer, question + answer)
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, both, strict=False)))
+    same += sum(1 for _ in itertools.takewhile(lambda token: not tokenizer.decode([token]).strip(), both[same:]))
     return both[:same], both[same:]

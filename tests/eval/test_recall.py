@@ -104,7 +104,7 @@ def test_log_probability_counts_scored_tokens_alone(model, byte_tokenizer):
             if on
         )
         assert one.log_prob == pytest.approx(wanted, abs=1e-3)
-        assert sum(sample.scored) == 4 * 5  # a space and four digits, four times
+        assert sum(sample.scored) == 4 * 4  # four digits, four times; the blank before them is the question's
     assert result.log_prob == pytest.approx(sum(one.log_prob for one in result.per_sample) / 2)
 
 

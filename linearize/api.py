@@ -19,12 +19,14 @@ from linearize.checkpoint import write_text
 from linearize.data import Corpus, build_corpus, build_preferences, evaluation_rows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
+from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling.export import save_checkpoint
-from linearize.planning import Plan, check_disk, make_plan
+from linearize.planning import Plan, check_disk, leaves_a_choice, make_plan, place_heads, resolve_heads
+from linearize.probe import run_probe, sample_settings
 from linearize.recipe import Distill, Preference, Recipe, Transfer
-from linearize.report import model_card, read_metrics, render_html
+from linearize.report import draw_png, model_card, read_metrics, render_html
 from linearize.report.track import tracker
 from linearize.stages import Run, has_ended, run_stage
 from linearize.surgery import Surgery, convert
@@ -52,7 +54,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """A run before it starts: everything that its outcome depends on."""
+    """A run before it starts: everything that its outcome depends on.
+
+    `recipe` is what was asked for; `plan.recipe` has the layers and heads too that a probe chose, once it did.
+    """
 
     recipe: Recipe
     source: TeacherSource
@@ -98,6 +103,9 @@ def prepare_job(
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
     plan = make_plan(chosen, config, model=source.name, dtype=kind)
+    if chosen.probed and chosen.probe.file is not None:
+        scores = ProbeScores.read(Path(chosen.probe.file))
+        plan = make_plan(resolve_heads(chosen, scores, config, kind), config, model=source.name, dtype=kind)
     return Job(chosen, source, plan, seed, where, kind, trust_remote_code)
 
 
@@ -189,6 +197,7 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     began = time.time()
     watch({"event": "load", "model": job.source.name})
     model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
+    job, scores = _probed(job, model, tokenizer, work, watch)
     corpus = _corpus(job, tokenizer, work)
     pairs = _pairs(job, tokenizer, work)
     for part in (corpus, *pairs.values()):
@@ -217,10 +226,10 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
             for context, (teacher, student) in job.plan.cache.items()
         ],
         "provenance": workspace.provenance(job.settings(), info, corpus, time.time() - began),
-        "recipe_yaml": job.recipe.to_yaml(),
+        "recipe_yaml": job.plan.recipe.to_yaml(),
     }
     watch({"event": "save"})
-    _save(job, model, tokenizer, info, results, work)
+    _save(job, model, tokenizer, info, results, work, scores)
     return results
 
 
@@ -340,15 +349,57 @@ def _kept(folder: Path, build: Callable[[], Corpus]) -> Corpus:
 
 
 def _convert(job: Job, model: Any) -> Surgery | None:
-    recipe = job.recipe
+    recipe = job.plan.recipe
     if recipe.mixer is None:
         return None
+    assert isinstance(recipe.exact_heads, list) and not recipe.probed  # the probe has chosen by now
     torch.manual_seed(job.seed)
     layers = recipe.converted_layers(model.config.num_hidden_layers)
-    return convert(model, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
+    return convert(model, recipe.mixer.model_dump(), layers, recipe.exact_heads)
 
 
-def _save(job: Job, model: Any, tokenizer: Any, info: TeacherInfo, results: dict[str, Any], work: Path) -> None:
+def _probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> tuple[Job, ProbeScores | None]:
+    """Return the job with layers and heads chosen by the probe, where its recipe leaves them to it, and the scores.
+
+    The scores stay in the work folder: a run that goes on chooses what it chose before.
+    """
+    recipe, path, scores = job.recipe, work / FILE, None
+    if not recipe.probed:
+        return job, None
+    if leaves_a_choice(recipe, model.config, job.dtype):
+        if path.exists():
+            scores = ProbeScores.read(path)
+        elif recipe.probe.file is not None:
+            scores = ProbeScores.read(Path(recipe.probe.file))
+        else:
+            scores = _score(model, tokenizer, recipe, job.source.name, job.seed, watch)
+        scores.write(path)
+        chosen = resolve_heads(recipe, scores, model.config, job.dtype)
+    else:  # the cache budget buys no head, or every head
+        chosen = place_heads(recipe, model.config, job.dtype)
+    plan = make_plan(chosen, model.config, model=job.source.name, dtype=job.dtype)
+    watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers})
+    return replace(job, plan=plan), scores
+
+
+def _score(model: Any, tokenizer: Any, recipe: Recipe, name: str, seed: int, watch: Watch) -> ProbeScores:
+    watch({"event": "probe", "name": name})
+
+    def tell(done: int, total: int) -> None:
+        watch({"event": "probe step", "done": done, "total": total})
+
+    return run_probe(model, tokenizer, recipe, name=name, seed=seed, progress=tell)
+
+
+def _save(
+    job: Job,
+    model: Any,
+    tokenizer: Any,
+    info: TeacherInfo,
+    results: dict[str, Any],
+    work: Path,
+    scores: ProbeScores | None,
+) -> None:
     """Write the whole finished folder into the work folder."""
     final = work / workspace.FINAL
     shutil.rmtree(final, ignore_errors=True)
@@ -361,11 +412,72 @@ def _save(job: Job, model: Any, tokenizer: Any, info: TeacherInfo, results: dict
     if records:
         shutil.copy(work / "metrics.jsonl", final / "metrics.jsonl")
     lock = {"settings": json.loads(json.dumps(job.settings())), "provenance": results["provenance"]}
+    if scores is not None:
+        chosen = job.plan.recipe.model_dump(mode="json")
+        lock["chosen"] = {"layers": chosen["layers"], "exact_heads": chosen["exact_heads"]}
+        _write_probe(scores, final, chosen["exact_heads"])
     write_text(final / workspace.LOCK, yaml_io.dump(lock))
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
     write_text(final / "report.html", render_html(results, records))
     base = info.source.removeprefix("hub:").partition("@")[0] if info.source.startswith("hub:") else None
     write_text(final / "README.md", model_card(results, base_model=base, license=info.license))
+
+
+def _write_probe(scores: ProbeScores, folder: Path, chosen: list[list[int]]) -> None:
+    """Write the scores and their heat map."""
+    scores.write(folder / FILE)
+    picture = draw_png("probe", {"scores": scores, "chosen": chosen})
+    assert picture is not None
+    (folder / "probe.png").write_bytes(picture)
+
+
+def probe(
+    model: str | Path,
+    recipe: Recipe | str | Path = "untrained",
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> tuple[ProbeScores, Path]:
+    """Score what each KV head and each layer of a teacher is worth as exact softmax, under a recipe's window.
+
+    Args:
+        model: alias, local folder, hub id or .gguf file.
+        recipe: gives the window, the `probe` section and what it would choose.
+        output: folder for probe.json and probe.png; `./<model>-probe` by default. Scores that lie there are returned.
+        fresh: score anew and replace them.
+        watch: called with every event.
+        **settings: quick, seed, device, dtype, overrides, trust_remote_code, as in `linearize`.
+
+    Returns:
+        The scores and the folder.
+
+    Raises:
+        LinearizeError: something given does not work, or other scores lie in the folder.
+    """
+    job = prepare_job(model, recipe, **settings)
+    if job.recipe.probe.file is not None:
+        raise LinearizeError("`probe.file` holds the scores of an earlier probe, and this one makes its own; drop it.")
+    folder = Path(output) if output is not None else Path(f"{job.source.name}-probe")
+    config = load_config(job.source, job.trust_remote_code)
+    wanted = {"samples": sample_settings(job.recipe, job.seed), "model": job.source.name}
+    if (folder / FILE).exists() and not fresh:
+        scores = ProbeScores.read(folder / FILE)
+        scores.check(config, job.recipe, str(folder / FILE))
+        found = {"samples": scores.samples, "model": scores.model}
+        if found != wanted:
+            raise LinearizeError(
+                f"{folder / FILE} was made from {found}, and {wanted} is asked for. Give another folder with --output, "
+                "or replace it with --fresh."
+            )
+        return scores, folder
+    loaded, tokenizer, _ = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
+    scores = _score(loaded, tokenizer, job.recipe, job.source.name, job.seed, watch or (lambda event: None))
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = resolve_heads(job.recipe, scores, config, job.dtype).model_dump(mode="json")["exact_heads"]
+    _write_probe(scores, folder, chosen)
+    return scores, folder
 
 
 def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:

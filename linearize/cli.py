@@ -175,6 +175,48 @@ def plan(
 
 
 @app.command()
+def probe(
+    model: Model,
+    recipe: RecipeName = "untrained",
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for probe.json and probe.png; ./<model>-probe by default.")
+    ] = None,
+    quick: Quick = False,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Score anew where scores lie in the folder.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score what each KV head and each layer is worth as exact softmax: recall, divergence, HALO."""
+    from linearize import api
+    from linearize.display import RunDisplay, probe_table, quiet_libraries
+
+    quiet_libraries()
+    display = RunDisplay()
+    try:
+        scores, folder = api.probe(
+            model,
+            recipe,
+            output,
+            quick=quick,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            overrides=overrides or [],
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            watch=display,
+        )
+    finally:
+        display.close()
+    _print(probe_table(scores))
+    typer.echo(f"Scores: {folder / 'probe.json'}   heat map: {folder / 'probe.png'}")
+    typer.echo(f"A run or plan takes them with: probe.file={folder / 'probe.json'}")
+
+
+@app.command()
 def ls(
     what: Annotated[str | None, typer.Argument(help="recipes, models, parts or families; all by default.")] = None,
 ) -> None:

@@ -14,13 +14,24 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
-from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Distill, Recipe, Transfer
+from linearize.head_scores import ProbeScores, choose_heads, choose_layers
+from linearize.recipe import (
+    TRAINED_PROJECTIONS,
+    AnyStage,
+    Distill,
+    ExactHeads,
+    Probe,
+    Recipe,
+    SoftmaxLayers,
+    Transfer,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from transformers import PretrainedConfig
 
 CONTEXTS = (1024, 8192, 65536)
+BUDGET_CONTEXT = 8192  # where a share of the teacher's cache is taken
 # AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
 TRAIN_BYTES = 16
 SMALL_FILES = 64 * 2**20
@@ -72,15 +83,17 @@ class Plan:
     """What a run does. `linearize plan` prints it, and the run carries out the same object.
 
     Attributes:
-        recipe: with all overrides applied.
+        recipe: with all overrides applied; `probed` while layers or heads are still to be chosen.
         model: the teacher's name.
-        layers: one entry a layer.
+        layers: one entry a layer; layers that a probe is to choose are shown evenly spread, heads not at all.
         stages: in order.
         parameters: of the teacher.
         mixer_parameters: new ones.
         memory: estimated peak bytes over the stages.
         disk: bytes that the run and its output folder need.
         cache: tokens of context -> bytes of the teacher's and of the student's cache, for one row.
+        exact_heads: how many KV heads of converted layers keep full softmax.
+        cache_share: the student's cache over the teacher's in bf16, at 8,192 tokens.
     """
 
     recipe: Recipe
@@ -92,6 +105,8 @@ class Plan:
     memory: int
     disk: int
     cache: dict[int, tuple[int, int]]
+    exact_heads: int = 0
+    cache_share: float = 1.0
 
     def render(self) -> RenderableType:
         """Return the plan as rich tables."""
@@ -122,8 +137,9 @@ def make_plan(
 
     families.get(config.model_type)
     _check_length(recipe, config)
-    _check_layers(recipe, config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    asked, recipe = recipe, place_heads(recipe, config, dtype)
+    _check_layers(recipe, config)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         parameters = _count(network.parameters())
@@ -132,17 +148,100 @@ def make_plan(
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
     answers = sum(_kept_bytes(stage, recipe.data.length) for _, stage in recipe.schedule())
+    undecided = isinstance(asked.exact_heads, ExactHeads)
+    shown = recipe.model_copy(update={"exact_heads": []}) if undecided else recipe
     return Plan(
-        recipe=recipe,
+        recipe=asked,
         model=model,
-        layers=tuple(_layers(recipe, config)),
+        layers=tuple(_layers(shown, config)),
         stages=stages,
         parameters=parameters,
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
         disk=weights + 2 * checkpoint + answers + SMALL_FILES,
         cache={context: _cache_bytes(recipe, config, mixers, context, dtype) for context in CONTEXTS},
+        exact_heads=len(_pairs(recipe)),
+        cache_share=_cache_share(recipe, config, mixers, dtype),
     )
+
+
+def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:
+    """Return the recipe with the layers and heads that the probe chose, as lists.
+
+    Raises:
+        LinearizeError: the scores are another model's, or the recipe's numbers do not fit the model.
+    """
+    scores.check(config, recipe, recipe.probe.file or "The probe")
+    recipe = choose_layers(recipe, scores)
+    return choose_heads(recipe, scores, count_heads(recipe, config, dtype))
+
+
+def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Return whether a probe has anything to choose: layers, or some but not all of the heads."""
+    if not isinstance(recipe.exact_heads, ExactHeads):
+        return recipe.probed
+    heads = len(recipe.converted_layers(config.num_hidden_layers)) * int(config.num_key_value_heads)
+    by_layer = isinstance(recipe.layers, SoftmaxLayers) and recipe.layers.by is not None
+    return by_layer or 0 < count_heads(recipe, config, dtype) < heads
+
+
+def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:
+    """Return the recipe with as many exact heads as it will have, in places that stand in for those of the probe."""
+    if not isinstance(recipe.exact_heads, ExactHeads):
+        return recipe
+    layers = recipe.converted_layers(config.num_hidden_layers)
+    places = [(layer, head) for head in range(config.num_key_value_heads) for layer in layers]
+    chosen = places[: count_heads(recipe, config, dtype)]
+    return recipe.model_copy(update={"exact_heads": chosen, "probe": Probe()})
+
+
+def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Return how many KV heads a recipe keeps exact; a cache budget buys as many as fit.
+
+    Raises:
+        LinearizeError: there are fewer heads than it keeps, or the rest of the cache is beyond the budget.
+    """
+    asked = recipe.exact_heads
+    if not isinstance(asked, ExactHeads):
+        return len(asked)
+    layers = recipe.converted_layers(config.num_hidden_layers)
+    heads = len(layers) * int(config.num_key_value_heads)
+    if asked.keep is not None:
+        if asked.keep > heads:
+            raise LinearizeError(f"`exact_heads.keep` is {asked.keep}; the converted layers have {heads} KV heads.")
+        return asked.keep
+    assert asked.cache is not None
+    none, one = (_share_of(recipe, config, dtype, pairs) for pairs in ([], [(layers[0], 0)]))
+    if none > asked.cache:
+        raise LinearizeError(
+            f"`exact_heads.cache` is {asked.cache:.1%} of the teacher's cache at {BUDGET_CONTEXT:,} tokens, and "
+            f"without any exact head this recipe's has {none:.1%} already, in {str(dtype).removeprefix('torch.')}. "
+            "Take a smaller window or memory, or a larger share."
+        )
+    return heads if one <= none else min(heads, int((asked.cache - none) / (one - none) + 1e-9))
+
+
+def _share_of(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, pairs: list[tuple[int, int]]) -> float:
+    """Return the share of the cache with these exact heads."""
+    from transformers import AutoModelForCausalLM
+
+    recipe = recipe.model_copy(update={"exact_heads": pairs})
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
+        mixers = _convert(recipe, network)
+    return _cache_share(recipe, config, mixers, dtype)
+
+
+def _cache_share(recipe: Recipe, config: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> float:
+    """Return the cache's bytes over those of the teacher's in bf16."""
+    teacher, student = _cache_bytes(recipe, config, mixers, BUDGET_CONTEXT, dtype)
+    return student * dtype.itemsize / (teacher * torch.bfloat16.itemsize)
+
+
+def _pairs(recipe: Recipe) -> list[tuple[int, int]]:
+    """The recipe's exact heads, which are a list by now."""
+    assert isinstance(recipe.exact_heads, list)
+    return recipe.exact_heads
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -172,7 +271,7 @@ def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
 def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
     count, groups = config.num_hidden_layers, config.num_key_value_heads
     converted = recipe.converted_layers(count)
-    for layer, head in recipe.exact_heads:
+    for layer, head in _pairs(recipe):
         if layer >= count:
             raise LinearizeError(f"`exact_heads` names layer {layer}; the model has layers 0 to {count - 1}.")
         if head >= groups:
@@ -192,7 +291,7 @@ def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
     if recipe.mixer is None:
         return {}
     layers = recipe.converted_layers(network.config.num_hidden_layers)
-    surgery = convert(network, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
+    surgery = convert(network, recipe.mixer.model_dump(), layers, _pairs(recipe))
     decoder = network.get_decoder()
     found = {index: decoder.layers[index].self_attn.mixer for index in surgery.teachers}
     return {index: mixer for index, mixer in found.items() if mixer is not None}
@@ -207,7 +306,7 @@ def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
             continue
         memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)
         window, sinks = (mixer.window.size, mixer.window.sinks) if mixer.window else (0, 0)
-        exact = tuple(sorted(head for layer, head in recipe.exact_heads if layer == index))
+        exact = tuple(sorted(head for layer, head in _pairs(recipe) if layer == index))
         if len(exact) == config.num_key_value_heads:
             window, sinks, memory = 0, 0, ""
         yield LayerPlan(index, "converted", exact, window, sinks, memory)
@@ -324,7 +423,7 @@ def _cache_bytes(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pair = 2 * head_dim * dtype.itemsize
     exact: dict[int, int] = {}
-    for layer, _ in recipe.exact_heads:
+    for layer, _ in _pairs(recipe):
         exact[layer] = exact.get(layer, 0) + 1
     converted = set(mixers) | set(exact)
     sizes: dict[int, int] = {}
@@ -377,10 +476,21 @@ def _summary(plan: Plan) -> RenderableType:
     lines = [
         f"{plan.model} with recipe {plan.recipe.name}: {len(plan.layers)} layers, {converted} converted",
         f"parameters {plan.parameters:,} + {plan.mixer_parameters:,} in the mixers",
+        *_exact_words(plan),
         f"memory about {format_bytes(plan.memory)} (estimate), disk {format_bytes(plan.disk)}",
         f"data {plan.recipe.data.source}, rows of {plan.recipe.data.length} tokens",
     ]
     return Text("\n".join(lines))
+
+
+def _exact_words(plan: Plan) -> Iterator[str]:
+    """What keeps full softmax inside converted layers, who chooses it, and what the cache comes to."""
+    recipe = plan.recipe
+    if plan.exact_heads or isinstance(recipe.exact_heads, ExactHeads):
+        by = f", chosen by {recipe.exact_heads.by}" if isinstance(recipe.exact_heads, ExactHeads) else ""
+        yield f"exact KV heads {plan.exact_heads}{by}; cache {plan.cache_share:.1%} of the teacher's in bf16 at 8K"
+    if recipe.probed:
+        yield "a probe of the teacher chooses before surgery (`linearize probe` alone; then probe.file=.../probe.json)"
 
 
 def _layer_table(plan: Plan) -> RenderableType:

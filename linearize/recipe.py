@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from linearize import yaml_io
 from linearize.errors import LinearizeError, UnknownNameError
@@ -306,16 +306,22 @@ class Preference(EndToEnd):
 AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill | Preference, Field(discriminator="stage")]
 
 
+# What the probe measures where a layer or a KV head gives up exact softmax (`linearize.probe`).
+Measure: TypeAlias = Literal["recall", "kl", "transfer", "halo"]
+
+
 class SoftmaxLayers(Strict):
-    """Which layers stay softmax, spread evenly over the model; all others are converted. Exactly one is given.
+    """Which layers stay softmax, all others are converted. `every` or `keep` is given, not both.
 
     Args:
         every: the last layer of each `every` (Liger-H: 8); none in a model of fewer.
         keep: share of the layers.
+        by: the probe's measure by which `keep` chooses; spread evenly over the model without it.
     """
 
     every: int | None = Field(None, ge=2)
     keep: float | None = Field(None, gt=0, lt=1)
+    by: Measure | None = None
 
     def kept(self, count: int) -> list[int]:
         """Return the layers that stay softmax in a model of `count` layers; the last of each of the equal parts."""
@@ -324,6 +330,48 @@ class SoftmaxLayers(Strict):
         assert self.keep is not None
         parts = round(self.keep * count)
         return [(part + 1) * count // parts - 1 for part in range(parts)]
+
+
+class ExactHeads(Strict):
+    """How many KV heads keep full softmax attention, and by which of the probe's measures. `keep` or `cache` is given.
+
+    Args:
+        keep: how many heads of the converted layers.
+        cache: as many as fit: the largest share of the teacher's bf16 KV cache that the whole cache may have at 8,192
+            tokens of one row, in the run's dtype; `10%` or 0.1.
+        by: what a head is chosen by (`linearize.probe`): the drop of the answer's log-probability on recall samples,
+            the divergence from the teacher, the error of the layer's output, or HALO's ratio of recall to language.
+    """
+
+    keep: int | None = Field(None, ge=1)
+    cache: float | None = Field(None, gt=0, lt=1)
+    by: Measure = "recall"
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.endswith("%"):
+            try:
+                return float(value[:-1]) / 100
+            except ValueError:
+                return value
+        return value
+
+
+class Probe(Strict):
+    """The samples on which `by: ...` scores heads and layers, or the file that holds the scores.
+
+    Args:
+        tasks: recall tasks (`linearize.eval.recall`).
+        lengths: tokens of a sample; 2, 4 and 8 windows (256 at least) by default, up to `data.length`.
+        samples: of each task and length.
+        file: a probe.json of `linearize probe`; scored anew without it.
+    """
+
+    tasks: list[str] = Field(["passkey", "multikey_niah"], min_length=1)
+    lengths: list[Annotated[int, Field(ge=32)]] | None = Field(None, min_length=1)
+    samples: int = Field(4, ge=1)
+    file: str | None = None
 
 
 class Data(Strict):
@@ -348,7 +396,9 @@ class Data(Strict):
 
 
 class Quick(Strict):
-    """What `--quick` changes, so that the whole recipe runs on a CPU in minutes: builtin data and these sizes."""
+    """What `--quick` changes, so that the whole recipe runs on a CPU in minutes: builtin data, these sizes, and one
+    sample of the probe for each task and length.
+    """
 
     tokens: int = Field(40_000, ge=1)
     length: int = Field(512, ge=8)
@@ -363,7 +413,9 @@ class Recipe(Strict):
         name: what `--recipe` takes.
         mixer: what replaces attention; null leaves the teacher as it is (the softmax control).
         layers: which layers are converted: all, a list, or all but those of `{every: 8}` or `{keep: 0.25}`.
-        exact_heads: (layer, KV head) pairs that keep full softmax attention and a growing cache.
+        exact_heads: what keeps full softmax attention and a growing cache: (layer, KV head) pairs, or how many a probe
+            chooses, `{cache: 10%, by: recall}`.
+        probe: how a `by` in `layers` or `exact_heads` is scored.
         stages: what recovers the quality, in order.
         progressive: rounds of conversion (The Mamba in the Llama, arXiv:2408.15237): every round replaces an equal
             share of the layers, spread over the model, and runs all stages but `preference`, each with an equal share
@@ -375,7 +427,8 @@ class Recipe(Strict):
     paper: str | None = None
     mixer: Mixer | None = Mixer()
     layers: Literal["all"] | list[NonNegative] | SoftmaxLayers = "all"
-    exact_heads: list[Pair] = []
+    exact_heads: list[Pair] | ExactHeads = []
+    probe: Probe = Probe()
     stages: list[AnyStage] = []
     progressive: int = Field(1, ge=1)
     data: Data = Data()
@@ -464,6 +517,8 @@ class Recipe(Strict):
         if isinstance(self.layers, SoftmaxLayers):
             if (self.layers.every is None) == (self.layers.keep is None):
                 raise ValueError("`layers` takes `every` or `keep`, one of them: `{every: 8}` or `{keep: 0.25}`")
+            if self.layers.by is not None and self.layers.keep is None:
+                raise ValueError("`layers.by` chooses for `keep`, and `every` leaves it no choice; drop one of them")
             return
         if not self.layers:
             raise ValueError("`layers` is empty; use `all`, or `mixer: null` to convert nothing")
@@ -473,14 +528,26 @@ class Recipe(Strict):
     def _check_exact_heads(self) -> None:
         if self.mixer is None and self.exact_heads:
             raise ValueError("`exact_heads` has no effect where `mixer` is null; drop it")
+        if self.probe.file is not None and not self.probed:
+            raise ValueError("`probe.file` has no effect where nothing is chosen `by` it: `exact_heads: {keep: 7}`")
+        if isinstance(self.exact_heads, ExactHeads):
+            if (self.exact_heads.keep is None) == (self.exact_heads.cache is None):
+                raise ValueError("`exact_heads` takes `keep` or `cache`, one of them: `{keep: 7}` or `{cache: 10%}`")
+            return
         if len(set(self.exact_heads)) < len(self.exact_heads):
             raise ValueError(f"`exact_heads` repeats a pair: {[list(pair) for pair in self.exact_heads]}")
         for layer, head in self.exact_heads:
             if isinstance(self.layers, list) and layer not in self.layers:
                 raise ValueError(f"`exact_heads` has [{layer}, {head}], but layer {layer} is not among `layers`")
 
+    @property
+    def probed(self) -> bool:
+        """Whether layers or heads are still to be chosen by the probe."""
+        by_layer = isinstance(self.layers, SoftmaxLayers) and self.layers.by is not None
+        return by_layer or isinstance(self.exact_heads, ExactHeads)
+
     def converted_layers(self, count: int) -> list[int]:
-        """Return which layers are converted in a model of `count` layers.
+        """Return which layers are converted in a model of `count` layers; evenly spread while a probe is to choose.
 
         Raises:
             LinearizeError: a named layer does not exist, or the share that stays is no layer or every layer.
@@ -631,6 +698,7 @@ class Recipe(Strict):
             stage["batch"], stage["micro_batch"] = self.quick.batch, 1
             if stage["stage"] == "preference":
                 stage.update(source="builtin", split="train", format="auto")
+        tree["probe"]["samples"] = 1
         recipe = self.parse(tree, self.name)
         return recipe.with_tokens(self.quick.tokens) if self.stages else recipe
 

@@ -60,9 +60,9 @@ def test_the_headline(cache: Path) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) -> None:
-    recipe = short(name)
     config = tiny_config(family)
-    plan = make_plan(recipe, config, dtype=torch.float32)
+    plan = make_plan(short(name), config, dtype=torch.float32)
+    recipe = planning.place_heads(short(name), config, torch.float32)
     model = AutoModelForCausalLM.from_config(config)
     assert plan.parameters == model.num_parameters()
     teacher_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
@@ -106,6 +106,32 @@ def test_exact_heads_grow(tiny_config) -> None:
     growth = plan.cache[8192][1] - plan.cache[1024][1]
     softmax_layer, exact_head = 2 * 2 * 16 * 4, 2 * 16 * 4
     assert growth == (softmax_layer + exact_head) * (8192 - 1024)
+
+
+@pytest.mark.parametrize(
+    ("budget", "dtype", "heads"), [(0.125, "bfloat16", 9), (0.10, "bfloat16", 7), (0.125, "float32", 4)]
+)
+def test_a_cache_budget_buys_heads(budget: float, dtype: str, heads: int, cache: Path) -> None:
+    recipe = Recipe.from_yaml("untrained", [f"exact_heads.cache={budget}"])
+    config, kind = load_config(resolve("smollm2-135m")), getattr(torch, dtype)
+    plan = make_plan(recipe, config, dtype=kind)
+    pair, size = 2 * 64 * kind.itemsize, 30 * 3 * 2 * 64 * 2 * 8192
+    assert plan.exact_heads == heads
+    assert plan.cache_share == pytest.approx(pair * (heads * 8192 + (90 - heads) * 132) / size, rel=1e-3)
+    assert plan.cache_share <= budget < plan.cache_share + pair * 8192 / size
+    assert plan.recipe == recipe and all(layer.exact_heads == () for layer in plan.layers)
+    text = Console(record=True, width=120)
+    text.print(plan.render())
+    assert f"exact KV heads {heads}, chosen by recall" in text.export_text()
+
+
+def test_a_budget_that_the_rest_of_the_cache_exceeds(tiny_config) -> None:
+    with pytest.raises(LinearizeError, match=r"1\.0%.*3\.\d% already, in float32.*smaller window"):
+        make_plan(short("untrained", "exact_heads.cache=1%"), tiny_config(), dtype=torch.float32)
+    plan = make_plan(short("untrained", "exact_heads.cache=4%"), tiny_config(), dtype=torch.float32)
+    assert plan.exact_heads == 0
+    plan = make_plan(short("untrained", "exact_heads.cache=99%"), tiny_config(), dtype=torch.bfloat16)
+    assert plan.exact_heads == 3
 
 
 def test_a_layer_of_exact_heads_alone(tiny_config) -> None:

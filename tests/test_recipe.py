@@ -27,7 +27,7 @@ def test_packaged_recipe(name: str) -> None:
     assert first.startswith("# linearize --model ")
     assert first.endswith(f"--recipe {name}")
     assert Recipe.parse(yaml_io.parse(recipe.to_yaml(), name), name) == recipe
-    assert sum(stage.tokens for stage in recipe.with_quick().stages) == recipe.quick.tokens
+    assert sum(stage.tokens for stage in recipe.with_quick().stages) == (recipe.quick.tokens if recipe.stages else 0)
 
 
 def test_packaged_names() -> None:
@@ -126,6 +126,14 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ("name: r\nexact_heads: [[1, 2, 3]]", ["`exact_heads.0`", "2 items"]),
         ("name: r\nexact_heads: [[1, 2], [1, 2]]", ["repeats a pair"]),
         ("name: r\nexact_heads: [[1, -2]]", ["`exact_heads.0.1`", "greater than or equal to 0"]),
+        ("name: r\nexact_heads: {by: recall}", ["`exact_heads`", "`keep` or `cache`, one of them"]),
+        ("name: r\nexact_heads: {keep: 2, cache: 10%}", ["`keep` or `cache`, one of them"]),
+        ("name: r\nexact_heads: {keep: 2, by: recal}", ["`exact_heads.by`", "Did you mean 'recall'"]),
+        ("name: r\nexact_heads: {cache: 200%}", ["`exact_heads.cache`", "less than 1"]),
+        ("name: r\nexact_heads: {cache: x%}", ["`exact_heads.cache`", "number"]),
+        ("name: r\nlayers: {every: 4, by: kl}", ["`layers.by`", "no choice"]),
+        ("name: r\nprobe: {file: p.json}", ["`probe.file` has no effect"]),
+        ("name: r\nmixer: null\nexact_heads: {keep: 2}", ["no effect where `mixer` is null"]),
         ("name: r\nlayers: [0]\nexact_heads: [[1, 0]]", ["layer 1 is not among `layers`"]),
         ("name: r\nmixer: null\nstages: [{stage: transfer}]", ["`mixer` is null"]),
         ("name: r\nstages: [{stage: finetune, batch: 8, micro_batch: 3}]", ["must divide"]),

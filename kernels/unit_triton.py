@@ -1,7 +1,7 @@
 """Rows scaled to unit length in one launch, and their gradient in another.
 
-Legend: B batch, T tokens, H heads, K dim. `y = x (x x + eps)^-1/2` and `dx = (dy - y (y dy)) (x x + eps)^-1/2`, computed
-in fp32 and stored in x's dtype. Eager PyTorch takes some ten passes over the queries for it.
+Legend: B batch, T tokens, H heads, K dim. `y = x (x x + eps)^-1/2` and `dx = (dy - y (y dy)) (x x + eps)^-1/2`,
+computed in fp32 and stored in x's dtype. Eager PyTorch takes some ten passes over the queries for it.
 """
 
 import torch

@@ -5,8 +5,8 @@ before chunk n, gc_i the sum of a chunk's gates up to and including token i, D t
 
 With w_t = beta_t y_t and y_t = v_t - k_t^T diag(exp g_t) S_{t-1} the rule is gated linear attention with w for v, and
 the kernels of `gated_linear_triton` serve all that is not the rule's own. In a chunk y = (I + M D)^-1 (v - (k exp gc)
-S_n) with M_ij = k_i exp(gc_i - gc_j) k_j for j < i. Both (I + M D)^-1 = I - Z D and (I + D M)^-1 = I - D Z come from one
-strictly lower Z, so that beta = 0 divides nothing; the identity is never rounded.
+S_n) with M_ij = k_i exp(gc_i - gc_j) k_j for j < i. Both (I + M D)^-1 = I - Z D and (I + D M)^-1 = I - D Z come from
+one strictly lower Z, so that beta = 0 divides nothing; the identity is never rounded.
 
 Forward: `_solve` finds Z of every chunk and, with it, what the walk needs: y = u - W S_n. `_delta_states` walks the
 chunks of a [K, BV] tile of the state and writes S_n, y and w; then `_outputs`. Backward: the first two again (nothing
@@ -156,18 +156,18 @@ def _solve(
         between -= _exact_dot(between * b_C[None, :], inverse, DT)
         inverse += between - _exact_dot(inverse * b_C[None, :], between, DT)
     tl.store(z + rows[:, None] * C + c[None, :], inverse.to(z.dtype.element_ty))
-    z_C = _cast(inverse, DT, HALF)
+    z_C = _cast(inverse * b_C[None, :], DT, HALF)
     if GATE < 2:  # loaded anew: its registers served the products above
         k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
         k_r = k_C.to(tl.float32) * sees[:, None]
-    k_r -= tl.dot(z_C, _cast(k_r * b_C[:, None], DT, HALF), input_precision=PREC)
+    k_r -= tl.dot(z_C, _cast(k_r, DT, HALF), input_precision=PREC)
     tl.store(w + rows[:, None] * K + ks[None, :], k_r.to(w.dtype.element_ty), mask=in_k[None, :] & (c >= 0)[:, None])
     v += b * v_b + h * v_h + at * v_t
     for v_0 in range(0, V, BV):
         vs = v_0 + tl.arange(0, BV)
         in_v = vs < V
-        v_C = tl.load(v + c[:, None] * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0).to(tl.float32)
-        u_C = v_C - tl.dot(z_C, _cast(v_C * b_C[:, None], DT, HALF), input_precision=PREC)
+        v_C = tl.load(v + c[:, None] * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
+        u_C = v_C.to(tl.float32) - tl.dot(z_C, _cast(v_C, DT, HALF), input_precision=PREC)
         tl.store(
             u + rows[:, None] * V + vs[None, :], u_C.to(u.dtype.element_ty), mask=in_v[None, :] & (c >= 0)[:, None]
         )

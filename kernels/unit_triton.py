@@ -14,13 +14,14 @@ from linearize.kernels.launch import Launch, layout, run
 ROWS = 16
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "T", "H"])
 def _unit(
-    x, dy, y, M, T, eps, x_b, x_t, x_h, d_b, d_t, d_h,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+    x, dy, y, M, T, H, eps, x_b, x_t, x_h, d_b, d_t, d_h,
+    K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     h, t, b = m % H, (m // H) % T, m // H // T
+    h, t, b = h.to(tl.int64), t.to(tl.int64), b.to(tl.int64)
     ks = tl.arange(0, BK)
     inside = (m < M)[:, None] & (ks < K)[None, :]
     at = (b * x_b + t * x_t + h * x_h)[:, None] + ks[None, :]
@@ -31,7 +32,7 @@ def _unit(
         at = (b * d_b + t * d_t + h * d_h)[:, None] + ks[None, :]
         dy_M = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         out = (dy_M - out * tl.sum(out * dy_M, 1)[:, None]) * scale
-    tl.store(y + m[:, None] * K + ks[None, :], out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + m.to(tl.int64)[:, None] * K + ks[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
 def unit_triton(x: Tensor, eps: float) -> Tensor:
@@ -47,8 +48,8 @@ def _launch(x: Tensor, dy: Tensor | None, eps: float) -> Tensor:
     B, T, H, K = x.shape
     y = x.new_empty(x.shape)
     given = (0, 0, 0) if dy is None else dy.stride()[:3]
-    args = (x, dy, y, B * T * H, T, eps, *x.stride()[:3], *given)
-    constants = {"H": H, "K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None}
+    args = (x, dy, y, B * T * H, T, H, eps, *x.stride()[:3], *given)
+    constants = {"K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None}
     grid = (-(-B * T * H // ROWS), 1, 1)
     run([Launch(_unit, grid, args, constants, {}, warps=4, stages=1)], ("unit", layout(x, dy), eps))
     return y

@@ -159,18 +159,18 @@ def _solve(
         between -= _exact_dot(between * b_C[None, :], inverse, DT)
         inverse += between - _exact_dot(inverse * b_C[None, :], between, DT)
     tl.store(z + rows[:, None] * C + c[None, :], inverse.to(z.dtype.element_ty))
-    z_C = _cast(inverse, DT, HALF)
+    z_C = _cast(inverse * b_C[None, :], DT, HALF)
     if GATE < 2:  # loaded anew: its registers served the products above
         k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
         k_r = k_C.to(tl.float32) * sees[:, None]
-    k_r -= tl.dot(z_C, _cast(k_r * b_C[:, None], DT, HALF), input_precision=PREC)
+    k_r -= tl.dot(z_C, _cast(k_r, DT, HALF), input_precision=PREC)
     tl.store(w + rows[:, None] * K + ks[None, :], k_r.to(w.dtype.element_ty), mask=in_k[None, :] & (c >= 0)[:, None])
     v += b * v_b + h * v_h + at * v_t
     for v_0 in range(0, V, BV):
         vs = v_0 + tl.arange(0, BV)
         in_v = vs < V
-        v_C = tl.load(v + c[:, None] * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0).to(tl.float32)
-        u_C = v_C - tl.dot(z_C, _cast(v_C * b_C[:, None], DT, HALF), input_precision=PREC)
+        v_C = tl.load(v + c[:, None] * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
+        u_C = v_C.to(tl.float32) - tl.dot(z_C, _cast(v_C, DT, HALF), input_precision=PREC)
         tl.store(
             u + rows[:, None] * V + vs[None, :], u_C.to(u.dtype.element_ty), mask=in_v[None, :] & (c >= 0)[:, None]
         )
@@ -291,10 +291,10 @@ def _delta_state_grads(
 
 
 @torch.compiler.assume_constant_result
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["M", "T", "H"])
 def _unit(
-    x, dy, y, M, T, eps, x_b, x_t, x_h, d_b, d_t, d_h,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+    x, dy, y, M, T, H, eps, x_b, x_t, x_h, d_b, d_t, d_h,
+    K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     h, t, b = m % H, (m // H) % T, m // H // T
@@ -316,8 +316,8 @@ def _unit_launch(x: Tensor, dy: Tensor | None, eps: float) -> tuple[Launch, Tens
     B, T, H, K = x.shape
     y = x.new_empty(x.shape)
     given = (0, 0, 0) if dy is None else dy.stride()[:3]
-    args = (x, dy, y, B * T * H, T, eps, *x.stride()[:3], *given)
-    constants = {"H": H, "K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None}
+    args = (x, dy, y, B * T * H, T, H, eps, *x.stride()[:3], *given)
+    constants = {"K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None}
     return Launch(_unit, (-(-B * T * H // ROWS), 1, 1), args, constants, {}, warps=4, stages=1), y
 
 

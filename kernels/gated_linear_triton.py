@@ -695,7 +695,9 @@ def _key_grads(
         dv += out_row[:, None] * V + vs[None, :]
     # In every branch the diagonal, which no gate enters, joins dq and dk in fp32 so that it cancels in dg.
     if GATE < 2:
-        weight = tl.full([C, C], 1.0, tl.float32) * scale
+        weight = tl.full([C, C], 1.0, tl.float32)
+        if not DELTA:
+            weight *= scale
         weight_T = weight
         rest = tl.where(write, 1.0, 0.0)[:, None]
         reach = tl.where(sees, scale, 0.0)[:, None]
@@ -733,6 +735,9 @@ def _key_grads(
                 dq_C += d_sum[:, None] * norm[None, :]
             dq_C *= reach
             diagonal = tl.sum(tl.where(same, da, 0.0), 1)[:, None] * scale
+            if DELTA:
+                da *= scale
+                da_T *= scale
             da = tl.where(later, da * weight, 0.0)
             da_T = tl.where(later_T, da_T * weight_T, 0.0)
             dq_C = tl.dot(_cast(da, DT, HALF), k_d, dq_C, input_precision=PREC)
@@ -750,10 +755,10 @@ def _key_grads(
             dq_C *= tl.where(sees, 1.0, 0.0)[:, None]
             if GATE == 1:
                 dq_C *= tl.exp(tl.cumsum(g_C, 0))[:, None]
-                da *= tl.exp(_segments(g_C, c, DT))
-                da_T *= tl.exp(_segments_T(g_C, c, DT))
-            dq_C = tl.dot(_cast(tl.where(later, da, 0.0), DT, HALF), k_d, dq_C, input_precision=PREC)
-            dk_C -= tl.dot(_cast(tl.where(later_T, da_T, 0.0), DT, HALF), k_d, input_precision=PREC)
+            da = tl.where(later, da * weight, 0.0)
+            da_T = tl.where(later_T, da_T * weight_T, 0.0)
+            dq_C = tl.dot(_cast(da, DT, HALF), k_d, dq_C, input_precision=PREC)
+            dk_C -= tl.dot(_cast(da_T, DT, HALF), k_d, input_precision=PREC)
             if GATE == 1:
                 push -= tl.sum(k_C.to(tl.float32) * dq_C, 1)
         if GATE == 1:

@@ -25,6 +25,8 @@ from linearize.registry import combines, feature_maps, gates, memories
 
 Tensors = dict[str, Tensor]
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Queries and keys before the rotary embedding, the same after it, and values.
+Sides = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]
 GROUP_NORM_EPS = 1e-5
 
 
@@ -34,6 +36,18 @@ def _build(registry: Any, part: dict[str, Any], *args: Any) -> Any:
         return registry.get(part["name"])(*args, **options)
     except ValueError as error:
         raise LinearizeError(f"The {registry.kind} {part['name']!r} of the mixer: {error}") from error
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head [..., H, D], with a learned scale of `shape`: (D,), which heads share, or (H, D)."""
+
+    def __init__(self, *shape: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()).to(x.dtype)
 
 
 class TokenMixer(nn.Module):
@@ -60,26 +74,39 @@ class TokenMixer(nn.Module):
         self.k_map: Any = None
         self.gate: Any = None
         self.memory: Any = None
-        self.norm: nn.RMSNorm | None = None
+        self.norm: HeadNorm | None = None
         self.conv: ShortConvolution | None = None
         self.group_norm = spec["output_norm"] == "group"
         if self.combine.uses_memory:
             per_query = spec.get("k_map_heads", "kv") == "query"
             self.repeat = shape.heads // shape.groups if per_query else 1
-            inner = HeadShape(shape.heads, shape.groups * self.repeat, *_rest(shape))
+            self.memory_heads = shape.groups * self.repeat
+            inner = HeadShape(shape.heads, self.memory_heads, *_rest(shape))
             self.q_map = _build(feature_maps, spec["feature_map"], shape.heads, shape.head_dim)
             self.k_map = _build(feature_maps, spec["feature_map"], inner.groups, shape.head_dim)
             self.gate = _build(gates, spec["gate"], inner)
             normalize = bool(spec["normalize"]) or self.combine.shares_denominator
             self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
-            self.norm = nn.RMSNorm(shape.head_dim, eps=1e-6) if spec["output_norm"] is True else None
-            if spec.get("conv"):
-                self.conv = ShortConvolution((shape.heads, shape.groups, shape.groups), shape.head_dim, spec["conv"])
-        self.output_gate = None
-        if spec["output_gate"]:
+            if spec["output_norm"] is True:
+                self.norm = HeadNorm(shape.head_dim, eps=1e-6)
+            elif spec["output_norm"] == "per_head":
+                self.norm = HeadNorm(shape.heads, shape.head_dim, eps=1e-5)
+            if spec["conv"] is not None:
+                self.conv = self._build_conv(shape, inner, spec["conv"])
+        self.output_gate: nn.Linear | None = None
+        self.gates_memory = spec["output_gate"] == "silu"
+        if self.gates_memory:
+            self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=False)
+        elif spec["output_gate"]:
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
             nn.init.zeros_(self.output_gate.weight)
             nn.init.constant_(self.output_gate.bias, 4.0)
+
+    @staticmethod
+    def _build_conv(shape: HeadShape, inner: HeadShape, conv: dict[str, Any]) -> ShortConvolution:
+        heads = (inner.groups,) if conv["inputs"] == "v" else (shape.heads, shape.groups, shape.groups)
+        silu, identity = conv["activation"] == "silu", conv["identity"]
+        return ShortConvolution(heads, shape.head_dim, conv["taps"], silu=silu, identity=identity)
 
     @property
     def delay(self) -> int:
@@ -118,7 +145,7 @@ class TokenMixer(nn.Module):
                 out = self._step(x[:, 0], (q, k), (q_rotated, k_rotated), v[:, 0], cache, rotate)[:, None]
             else:
                 out = self._sequence(x, plain, rotated, v, context, cache, rotate)
-        if self.output_gate is None:
+        if self.output_gate is None or self.gates_memory:
             return out
         gate: Tensor = self.output_gate(x).sigmoid()
         return out * gate.view_as(out)
@@ -130,25 +157,46 @@ class TokenMixer(nn.Module):
         assert self.k_map is not None and self.gate is not None and self.memory is not None
         q, k = rotated if self.rotary is True else plain
         k_plain = plain[1]
-        if self.repeat > 1:
-            k, v, k_plain = (t.repeat_interleave(self.repeat, -2) for t in (k, v, k_plain))
+        k, v, k_plain = self._per_memory_head(k), self._per_memory_head(v), self._per_memory_head(k_plain)
+        log_decay = self.gate(x, k_plain)
         q = self.q_map(q)
         k = self.gate.keys(k_plain) if getattr(self.gate, "writes_keys", False) else self.k_map(k)
         if self.rotary == "features" and rotate is not None:
             q, k = rotate(q, k)
+        if getattr(self.gate, "scales_writes", False):
+            log_decay, strength = log_decay
+            k = (k * strength[..., None]).to(k.dtype)
         stream = {"k": k, "v": v, **self.memory.prepare(x)}
-        log_decay = self.gate(x, k_plain)
         if log_decay is not None:
             stream["g"] = log_decay
         return q, stream
 
-    def _convolved(
-        self, convolved: list[Tensor], rotate: Rotate | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-        """Convolved q, k and v as the memory reads them: before the rotary embedding, after it, and the values."""
+    def _per_memory_head(self, t: Tensor) -> Tensor:
+        """Repeat t [..., G, D] to the memory's heads, next to each other; what has them already stays."""
+        return t if t.shape[-2] == self.memory_heads else t.repeat_interleave(self.repeat, -2)
+
+    def _conv_inputs(self, plain: tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, ...]:
+        assert self.conv is not None
+        return (self._per_memory_head(v),) if len(self.conv.heads) == 1 else (*plain, v)
+
+    def _convolved(self, convolved: list[Tensor], sides: Sides, rotate: Rotate | None) -> Sides:
+        """q, k and v as the memory reads them: before the rotary embedding, after it, and the values."""
+        if len(convolved) == 1:
+            return sides[0], sides[1], convolved[0]
         q, k, v = convolved
         rotated = rotate(q, k) if self.rotary is True and rotate is not None else (q, k)
         return (q, k), rotated, v
+
+    def _read(self, memory: Tensor, stream: Tensors, x: Tensor) -> Tensor:
+        """The memory's outputs [..., H, D] with its skip and its gate, before the norm."""
+        skip = getattr(self.memory, "skip", None)
+        if skip is not None:
+            memory = skip(memory, stream["v"])
+        if self.gates_memory:
+            assert self.output_gate is not None
+            gate = F.linear(x, self.output_gate.weight.to(x.dtype)).view_as(memory)
+            memory = (memory * F.silu(gate.float())).to(memory.dtype)
+        return memory
 
     def _finish(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         if memory is not None:
@@ -157,8 +205,7 @@ class TokenMixer(nn.Module):
             if self.group_norm:
                 memory = F.layer_norm(memory.float(), memory.shape[-1:], eps=GROUP_NORM_EPS).to(memory.dtype)
             elif self.norm is not None:
-                scale = self.norm.weight.float()
-                memory = F.rms_norm(memory.float(), list(scale.shape), scale, self.norm.eps).to(memory.dtype)
+                memory = self.norm(memory)
         mixed: Tensor = self.combine(window, memory, normalizer)
         return mixed
 
@@ -184,9 +231,10 @@ class TokenMixer(nn.Module):
             sides = (context.pack(plain[0]), context.pack(plain[1])), (q, k), v
             if self.conv is not None:
                 past = cache["conv"] if cache and seen is not None else None
-                *convolved, recent = self.conv((*sides[0], v), context, past)
-                sides = self._convolved(convolved, rotate)
-            q_memory, stream = self._memory_inputs(context.pack(x), *sides, rotate)
+                *convolved, recent = self.conv(self._conv_inputs(sides[0], v), context, past)
+                sides = self._convolved(convolved, sides, rotate)
+            x = context.pack(x)
+            q_memory, stream = self._memory_inputs(x, *sides, rotate)
             if context.lengths is not None:
                 stream = {n: t * context.real(t) for n, t in stream.items()}
             entering, starts = stream, context.starts
@@ -196,6 +244,7 @@ class TokenMixer(nn.Module):
             if cache and seen is not None:
                 state = {n: cache[n] for n in self.memory.state_names}
             memory, normalizer, after = self.memory(q_memory, entering, starts, state)
+            memory = self._read(memory, stream, x)
         out = self._finish(window, memory, normalizer)
         if cache is not None:
             self._remember(cache, k, v, stream, after, context)
@@ -348,7 +397,7 @@ class TokenMixer(nn.Module):
             sides = plain, rotated, v
             one = None if rotate is None else _for_one_token(rotate)
             if self.conv is not None:
-                sides = self._convolved(self.conv.step((*plain, v), cache["conv"]), one)
+                sides = self._convolved(self.conv.step(self._conv_inputs(plain, v), cache["conv"]), sides, one)
             q_memory, stream = self._memory_inputs(x, *sides, one)
             entering = stream
             if self.delay:
@@ -357,6 +406,7 @@ class TokenMixer(nn.Module):
                     outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
                     cache[f"pending_{name}"].index_put_((rows, length % self.window), t * outside)
             memory, normalizer = self.memory.step(q_memory, entering, cache)
+            memory = self._read(memory, stream, x)
         if self.window:
             slot = (rows, length % self.window)
             cache["window_k"].index_put_(slot, k)

@@ -30,6 +30,7 @@ MODULES = (
     "linearize.kernels.backend",
     "linearize.kernels.gated_linear",
     "linearize.kernels.delta",
+    "linearize.kernels.scan",
     "linearize.kernels.slots",
     "linearize.kernels.window",
     "linearize.mixers.parts",

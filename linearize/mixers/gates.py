@@ -11,6 +11,8 @@ writes these in the place of the feature map of the keys. One that says how stro
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -121,6 +123,34 @@ class Hgrn2Gate(Fp32Part):
     def keys(self, k: Tensor) -> Tensor:
         """Return what the memory writes, `1 - sigmoid(k)`, in k's dtype."""
         return torch.sigmoid(-k.float()).to(k.dtype)
+
+
+@gates.register("lower_bounded")
+class LowerBoundedGate(Fp32Part):
+    """As `hgrn2`, but at least a bound b is kept, `b + (1 - b) sigmoid(k)`, and the rest written (arXiv:2404.07904).
+
+    The bound rises with depth, from 0 in the first layer. HGRN2 trains it from this start; here it stays.
+
+    Args:
+        highest: what the bound would be behind the last layer.
+    """
+
+    per_channel = True
+    writes_keys = True
+
+    def __init__(self, shape: HeadShape, *, highest: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= highest <= 1:
+            raise ValueError(f"`highest` must lie between 0 and 1, got {highest}.")
+        self.bound = highest * shape.layer / shape.layers
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        forgets = math.log1p(-self.bound) + F.logsigmoid(k.float())
+        return forgets if self.bound == 0 else forgets.logaddexp(torch.tensor(math.log(self.bound), device=k.device))
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Return what the memory writes, what is not kept, in k's dtype."""
+        return ((1 - self.bound) * torch.sigmoid(-k.float())).to(k.dtype)
 
 
 @gates.register("key_softplus")

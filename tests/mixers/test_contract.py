@@ -293,14 +293,28 @@ def test_exact_start_of_a_window_as_long_as_the_input(random_teacher, make_mixer
 FEATURES = {
     "identity": lambda x, p: x,
     "softmax": lambda x, p: x.softmax(-1),
+    "exp": lambda x, p: x.exp() / x.exp().amax(-1, keepdim=True),
     "l2norm": lambda x, p: x / (x * x).sum(-1, keepdim=True).sqrt(),
-    "hedgehog": lambda x, p: torch.cat(
+    "hedgehog": lambda x, p, dim=64: torch.cat(
         [(s * torch.stack([x[:, j] @ p["weight"][j] for j in range(x.shape[1])], 1)).softmax(-1) for s in (1, -1)], -1
     ),
     "relu_mlp": lambda x, p, identity=False: torch.stack(
         [(p["linear.weight"] @ token.flatten() + p["linear.bias"]).clamp(min=0).view_as(token) for token in x]
     ),
 }
+
+
+def _taylor(x, p, dim=16):
+    """Every product of two entries as a feature of its own, as published: F = 1 + dim + dim^2."""
+    z = torch.stack([x[:, j] @ p["weight"][j] for j in range(x.shape[1])], 1) / dim**0.25
+    return torch.cat([torch.ones_like(z[..., :1]), z, (z[..., None] * z[..., None, :]).flatten(-2) / 2**0.5], -1)
+
+
+def _t2r(x, p, dim=32, identity=False):
+    return torch.stack([(x[:, j] @ p["weight"][j] + p["bias"][j]).clamp(min=0) for j in range(x.shape[1])], 1)
+
+
+FEATURES.update(taylor=_taylor, t2r=_t2r)
 
 
 def _fixed(x, k, p, first=5.0, last=None, slopes=False):
@@ -321,6 +335,7 @@ GATES = {
     "none": lambda x, k, p: torch.zeros_like(k[..., :1]),
     "fixed": _fixed,
     "key": lambda x, k, p, normalizer=16.0, bias=None: F.logsigmoid(k + p.get("bias", 0.0)) / normalizer,
+    "lower_bounded": lambda x, k, p, highest=1.0: (1 / (1 + (-k).exp())).log(),  # the bound of the first layer is 0
     "hgrn2": lambda x, k, p: (1 / (1 + (-k).exp())).log(),
     "key_softplus": lambda x, k, p: -(1 + k.exp()).log(),
     "dt": lambda x, k, p, **drawn: (-p["log_rate"].exp() * (1 + (x @ p["weight"].T + p["bias"]).exp()).log())[
@@ -427,9 +442,11 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
     owners = [h * groups * repeat // heads for h in range(heads)]  # the memory head that each query head reads
     if has_memory:
         phi = FEATURES[spec["feature_map"]["name"]]
-        phi_q, phi_k = phi((rotated if spec["rotary"] is True else plain)[0], of("q_map")), phi(k, of("k_map"))
+        how = options(spec["feature_map"])
+        phi_q = phi((rotated if spec["rotary"] is True else plain)[0], of("q_map"), **how)
+        phi_k = phi(k, of("k_map"), **how)
         keep = GATES[spec["gate"]["name"]](x, k_gate, of("gate"), **options(spec["gate"])).exp()
-        if spec["gate"]["name"] == "hgrn2":
+        if spec["gate"]["name"] in ("hgrn2", "lower_bounded"):
             phi_k = 1 - keep
         if spec["rotary"] == "features":
             phi_q, phi_k = rope(phi_q), rope(phi_k)
@@ -575,6 +592,14 @@ VARIANTS = {
     "convolution, rotary": {"feature_map": "softmax", "conv": 3, "rotary": True, "normalize": True, "overlap": False},
     "slots, fast decay": {"memory": {"name": "slots", "scale": 0.5}, "gate": "key_softplus", "rotary": True},
     "slots, disjoint": {"memory": "slots", "gate": {"name": "key", "bias": 1.0}, "overlap": False, "output_norm": True},
+    "t2r": {"feature_map": "t2r", "rotary": True, "normalize": True, "k_map_heads": "query"},
+    "t2r, disjoint": {
+        "feature_map": {"name": "t2r", "identity": True, "dim": 16},
+        "combine": "shared_softmax",
+        "overlap": False,
+    },
+    "taylor": {"feature_map": {"name": "taylor", "dim": 5}, "gate": "scalar", "normalize": True},
+    "exp": {"feature_map": "exp", "gate": "key", "normalize": True},
     "dt, per KV head": {"gate": {"name": "dt", "fastest": 0.5}, "conv": 4, "output_norm": "per_head", "overlap": False},
     "dt, normalized": {"feature_map": "softmax", "gate": "dt", "normalize": True, "output_gate": "silu"},
     "scan, per KV head": {"memory": {"name": "scan", "state": 8, "rank": 3}, "gate": "none", "rotary": True},

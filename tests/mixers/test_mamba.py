@@ -151,7 +151,7 @@ def mamba2_layer(p, u, heads):
 
 def mamba1_layer(p, u, heads):
     """The published layer on u [T, hidden], with KV heads repeated as heads and not as blocks of 16 channels."""
-    (H, G), T, R, N = heads, len(u), heads[0] // heads[1], 16
+    H, T, R, N = heads[0], len(u), heads[0] // heads[1], 16
     x, B, C = (u @ p[f"{n}_proj.weight"].T + p[f"{n}_proj.bias"] for n in "vkq")
     x = torch.cat([x[:, h // R * DIM : (h // R + 1) * DIM] for h in range(H)], 1)
     B = torch.cat([B[:, h // R * DIM : (h // R + 1) * DIM] for h in range(H)], 1)

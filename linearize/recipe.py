@@ -42,10 +42,22 @@ class Part(BaseModel):
 
 
 class Window(Strict):
-    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document."""
+    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document.
+
+    Args:
+        kind: `sliding`, or `terrace`: blocks of `size` tokens, of which a token sees its own up to itself and the one
+            before (LoLCATs as it trains). A terrace has no sinks.
+    """
 
     size: int = Field(64, ge=1)
     sinks: int = Field(0, ge=0)
+    kind: Literal["sliding", "terrace"] = "sliding"
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.kind == "terrace" and self.sinks:
+            raise ValueError("`kind: terrace` has no sinks; set `sinks: 0`, or `kind: sliding`")
+        return self
 
 
 class Conv(Strict):

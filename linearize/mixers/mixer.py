@@ -1,6 +1,6 @@
 """The token mixer: feature map, gate, memory, window and combine put together for a range of KV heads.
 
-Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window, S sinks.
+Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window (of a terrace, its two blocks), S sinks.
 
 The layer's cache holds, per row, the tokens of the current document only: a ring of the last W keys and values (token t
 in slot t % W), the first S of them, the memory's state, what the short convolution still reads and, where window and
@@ -21,6 +21,7 @@ from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.convolution import ShortConvolution
 from linearize.mixers.parts import HeadShape
+from linearize.mixers.terrace import READ, terrace_memory, terrace_reach, terrace_step
 from linearize.registry import combines, feature_maps, gates, memories
 
 Tensors = dict[str, Tensor]
@@ -68,6 +69,10 @@ class TokenMixer(nn.Module):
         self.combine: Any = _build(combines, spec["combine"], shape)
         window = spec["window"] if self.combine.uses_window else None
         self.window = 0 if window is None else min(window["size"], max_window or window["size"])
+        self.terrace = 0  # tokens of a block
+        if window is not None and window.get("kind", "sliding") == "terrace":
+            self.terrace = max(1, min(window["size"], (max_window or 2 * window["size"]) // 2))
+            self.window = 2 * self.terrace
         self.sinks = 0 if window is None else window["sinks"]
         self.groups = shape.groups
         self.q_map: Any = None
@@ -91,7 +96,7 @@ class TokenMixer(nn.Module):
                 self.norm = HeadNorm(shape.head_dim, eps=1e-6)
             elif spec["output_norm"] == "per_head":
                 self.norm = HeadNorm(shape.heads, shape.head_dim, eps=1e-5)
-            if spec["conv"] is not None:
+            if spec.get("conv") is not None:
                 self.conv = self._build_conv(shape, inner, spec["conv"])
         self.output_gate: nn.Linear | None = None
         self.gates_memory = spec["output_gate"] == "silu"
@@ -111,7 +116,7 @@ class TokenMixer(nn.Module):
     @property
     def delay(self) -> int:
         """Tokens between a token's arrival and its entry into the memory."""
-        return 0 if self.overlap or self.memory is None else self.window
+        return 0 if self.overlap or self.memory is None else self.terrace or self.window
 
     def forward(
         self,
@@ -243,7 +248,14 @@ class TokenMixer(nn.Module):
             state = None
             if cache and seen is not None:
                 state = {n: cache[n] for n in self.memory.state_names}
-            memory, normalizer, after = self.memory(q_memory, entering, starts, state)
+            if self.terrace and self.delay:
+                past = cache if cache and seen is not None else None
+                index = self._document_index(v, context.starts, past)
+                memory, normalizer, after = terrace_memory(
+                    self.memory, q_memory, entering, index, context, self.terrace, past or {}
+                )
+            else:
+                memory, normalizer, after = self.memory(q_memory, entering, starts, state)
             memory = self._read(memory, stream, x)
         out = self._finish(window, memory, normalizer)
         if cache is not None:
@@ -253,14 +265,19 @@ class TokenMixer(nn.Module):
         return context.unpack(out)
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cache: Tensors | None) -> WindowOutput:
+        span = 0 if cache is None else self.window + self.sinks
+        first = starts
+        if self.terrace:
+            token = torch.arange(q.shape[1], device=q.device)
+            first = token + span - terrace_reach(self._document_index(k, starts, cache), self.terrace)
         if cache is None:
-            return window_attention(q, k, v, window=self.window, sinks=self.sinks, scale=self.scaling, starts=starts)
+            return window_attention(q, k, v, window=self.window, sinks=self.sinks, scale=self.scaling, starts=first)
         past = self._past(cache, "window_k", "sink_k"), self._past(cache, "window_v", "sink_v")
-        span = self.window + self.sinks
         missing = (span - cache["length"]).clamp(min=0)[:, None]
-        if starts is None:
-            starts = torch.full(q.shape[:2], -1, device=q.device)
-        starts = torch.where(starts < 0, missing, starts + span)
+        if not self.terrace:
+            starts = torch.full(q.shape[:2], -1, device=q.device) if starts is None else starts
+            first = torch.where(starts < 0, missing, starts + span)
+        assert first is not None
         out = window_attention(
             torch.cat([q.new_zeros(q.shape[0], span, *q.shape[2:]), q], 1),
             torch.cat([past[0], k], 1),
@@ -268,7 +285,7 @@ class TokenMixer(nn.Module):
             window=self.window,
             sinks=self.sinks,
             scale=self.scaling,
-            starts=torch.cat([missing.expand(-1, span), starts], 1),
+            starts=torch.cat([missing.expand(-1, span), first], 1),
         )
         return WindowOutput(*(t[:, span:] for t in out))
 
@@ -288,7 +305,7 @@ class TokenMixer(nn.Module):
     def _delayed(
         self, stream: Tensors, context: SequenceContext, cache: Tensors | None
     ) -> tuple[Tensors, Tensor | None]:
-        """The stream W tokens late, without the sinks, which never leave the window."""
+        """The stream `delay` tokens late, without the sinks, which never leave the window."""
         length = stream["k"].shape[1]
         if self.sinks:
             index = self._document_index(stream["k"], context.starts, cache)
@@ -297,15 +314,15 @@ class TokenMixer(nn.Module):
         entering = {}
         for name, now in stream.items():
             if cache is None:
-                pending = now.new_zeros(now.shape[0], self.window, *now.shape[2:])
+                pending = now.new_zeros(now.shape[0], self.delay, *now.shape[2:])
             else:
-                slots = (cache["length"][:, None] + torch.arange(self.window, device=now.device)) % self.window
+                slots = (cache["length"][:, None] + torch.arange(self.delay, device=now.device)) % self.delay
                 pending = cache[f"pending_{name}"][torch.arange(now.shape[0], device=now.device)[:, None], slots]
             entering[name] = torch.cat([pending.to(now.dtype), now], 1)[:, :length]
         if context.lengths is not None:
             entering = {n: t * context.real(t) for n, t in entering.items()}
         starts = context.starts
-        return entering, None if starts is None else torch.where(starts < 0, starts, starts + self.window)
+        return entering, None if starts is None else torch.where(starts < 0, starts, starts + self.delay)
 
     @staticmethod
     def _document_index(like: Tensor, starts: Tensor | None, cache: Tensors | None) -> Tensor:
@@ -331,18 +348,16 @@ class TokenMixer(nn.Module):
             before = torch.where((last < 0) | (lengths == 0), before, -last)
         total = before + lengths
         if self.window:
-            names = {"window_k": k, "window_v": v}
-            if self.delay:
-                outside = before[:, None] + torch.arange(length, device=k.device) >= self.sinks
-                for name, t in stream.items():
-                    names[f"pending_{name}"] = t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype)
-            slot = torch.arange(self.window, device=k.device)
-            # The latest token of the document that belongs into each slot, and where it stands in this call.
-            token = total[:, None] - 1 - (total[:, None] - 1 - slot) % self.window
-            self._write(cache, names, token - before[:, None], (token >= 0) & (token >= before[:, None]), length)
-            for name in names:
-                if name.startswith("pending"):  # nothing of an earlier document may enter the memory later
-                    cache[name].mul_((token >= 0).view(*token.shape, *(1,) * (cache[name].dim() - 2)))
+            self._write_ring(cache, {"window_k": k, "window_v": v}, self.window, before, total, length)
+        if self.delay:
+            outside = before[:, None] + torch.arange(length, device=k.device) >= self.sinks
+            pending = {
+                f"pending_{name}": t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype)
+                for name, t in stream.items()
+            }
+            token = self._write_ring(cache, pending, self.delay, before, total, length)
+            for name in pending:  # nothing of an earlier document may enter the memory later
+                cache[name].mul_((token >= 0).view(*token.shape, *(1,) * (cache[name].dim() - 2)))
         if self.sinks:
             token = torch.arange(self.sinks, device=k.device).expand(batch, -1)
             fits = (token >= before[:, None]) & (token < total[:, None])
@@ -350,6 +365,15 @@ class TokenMixer(nn.Module):
         for name, state in (after or {}).items():
             cache[name].copy_(state)
         cache["length"].copy_(total)
+
+    def _write_ring(
+        self, cache: Tensors, names: Tensors, size: int, before: Tensor, total: Tensor, length: int
+    ) -> Tensor:
+        """Write the last tokens of a call into rings; return each slot's latest token in the document, or below 0."""
+        slot = torch.arange(size, device=total.device)
+        token = total[:, None] - 1 - (total[:, None] - 1 - slot) % size
+        self._write(cache, names, token - before[:, None], (token >= 0) & (token >= before[:, None]), length)
+        return token
 
     @staticmethod
     def _write(cache: Tensors, names: Tensors, index: Tensor, fits: Tensor, length: int) -> None:
@@ -371,11 +395,13 @@ class TokenMixer(nn.Module):
             cache["sink_v"] = v.new_zeros(batch, self.sinks, *v.shape[2:])
         if self.delay:
             for name, t in stream.items():
-                cache[f"pending_{name}"] = t.new_zeros(batch, self.window, *t.shape[2:])
+                cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
         if self.conv is not None:
             cache["conv"] = self.conv.empty(batch, k)
         if self.memory is not None:
             cache.update(self.memory.initial_state(batch, k.device))
+            if self.terrace and self.delay:
+                cache.update({READ + name: t for name, t in self.memory.initial_state(batch, k.device).items()})
         return cache
 
     def _step(
@@ -401,11 +427,14 @@ class TokenMixer(nn.Module):
             q_memory, stream = self._memory_inputs(x, *sides, one)
             entering = stream
             if self.delay:
-                entering = {n: cache[f"pending_{n}"][rows, length % self.window] for n in stream}
+                entering = {n: cache[f"pending_{n}"][rows, length % self.delay] for n in stream}
                 for name, t in stream.items():
                     outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
-                    cache[f"pending_{name}"].index_put_((rows, length % self.window), t * outside)
-            memory, normalizer = self.memory.step(q_memory, entering, cache)
+                    cache[f"pending_{name}"].index_put_((rows, length % self.delay), t * outside)
+            if self.terrace and self.delay:
+                memory, normalizer = terrace_step(self.memory, q_memory, entering, length, self.terrace, cache)
+            else:
+                memory, normalizer = self.memory.step(q_memory, entering, cache)
             memory = self._read(memory, stream, x)
         if self.window:
             slot = (rows, length % self.window)
@@ -423,6 +452,7 @@ class TokenMixer(nn.Module):
                 cache.get("sink_v"),
                 length,
                 scale=self.scaling,
+                reach=terrace_reach(length, self.terrace) if self.terrace else None,
             )
         length.add_(1)
         return self._finish(window, memory, normalizer)

@@ -40,6 +40,7 @@ MODULES = (
     "linearize.mixers.combine",
     "linearize.mixers.context",
     "linearize.mixers.convolution",
+    "linearize.mixers.terrace",
     "linearize.mixers.exact",
     "linearize.mixers.mixer",
     "linearize.mixers.attention",

@@ -79,7 +79,8 @@ def parts(draw, kind):
 @st.composite
 def mixers(draw):
     fields = {kind: draw(parts(kind)) for kind in PARTS}
-    sizes = st.fixed_dictionaries({"size": st.integers(1, 12), "sinks": st.integers(0, 5)})
+    sliding = st.fixed_dictionaries({"size": st.integers(1, 12), "sinks": st.integers(0, 5)})
+    sizes = sliding | st.fixed_dictionaries({"size": st.integers(1, 12), "kind": st.just("terrace")})
     fields["window"] = draw(sizes) if PARTS["combine"].get(fields["combine"]["name"]).uses_window else None
     for switch in ("normalize", "overlap"):
         fields[switch] = draw(st.booleans())
@@ -425,6 +426,7 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
 
     (length, heads), groups = plain[0].shape[:2], v.shape[1]
     size, sinks = (spec["window"]["size"], spec["window"]["sinks"]) if spec["window"] else (0, 0)
+    terrace = bool(spec["window"]) and spec["window"]["kind"] == "terrace"
     delay = 0 if spec["overlap"] else size
     has_memory = spec["combine"]["name"] != "window_only"
     repeat = heads // groups if spec["k_map_heads"] == "query" else 1
@@ -462,8 +464,13 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
     for t in range(length):
         memory = weight = scores = seen = None
         if has_memory:
-            s = t - delay
-            if s >= 0 and (not delay or s >= sinks):
+            # Of a terrace, a block enters as a whole when the second block behind it begins.
+            arriving = [t - delay]
+            if terrace and delay:
+                arriving = range(t - 2 * size, t - size) if t % size == 0 else []
+            for s in arriving:
+                if s < 0 or (delay and s < sinks):
+                    continue
                 old = state
                 state = keep[s][..., None] * state
                 new = values[s]
@@ -497,6 +504,8 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
                 memory = memory * (memory.square().mean(-1, keepdim=True) + epsilon).rsqrt() * named["norm.weight"]
         if size:
             visible = [j for j in range(t + 1) if j < sinks or t - j < size]
+            if terrace:
+                visible = [j for j in range(t + 1) if j // size >= t // size - 1]
             window_k, window_v = (
                 u[visible].repeat_interleave(heads // groups, 1) for u in (window_keys, window_values)
             )
@@ -574,6 +583,7 @@ def test_random_mixer_is_its_recurrence(mixer, shape):
         check_naive(mixer, *shape, (9, 37))
 
 
+TERRACE = {"size": 5, "kind": "terrace"}
 # Combinations that no recipe has and random draws seldom hit.
 VARIANTS = {
     "delta, negative eigenvalues": {"memory": {"name": "delta", "negative": True}, "gate": "fixed"},
@@ -598,6 +608,11 @@ VARIANTS = {
         "combine": "shared_softmax",
         "overlap": False,
     },
+    "terrace": {"feature_map": "hedgehog", "combine": "shared_softmax", "overlap": False, "window": TERRACE},
+    "terrace, overlapping": {"gate": "scalar", "window": TERRACE, "output_norm": True},
+    "terrace, decay": {"gate": "key", "overlap": False, "output_norm": True, "window": TERRACE},
+    "terrace, delta": {"memory": "delta", "gate": "scalar", "overlap": False, "window": TERRACE},
+    "terrace, slots": {"memory": "slots", "gate": "key", "overlap": False, "window": TERRACE},
     "taylor": {"feature_map": {"name": "taylor", "dim": 5}, "gate": "scalar", "normalize": True},
     "exp": {"feature_map": "exp", "gate": "key", "normalize": True},
     "dt, per KV head": {"gate": {"name": "dt", "fastest": 0.5}, "conv": 4, "output_norm": "per_head", "overlap": False},

@@ -81,7 +81,18 @@ def selective_scan(
 
         o, state = selective_scan_reference(q, k, v, dt, rate, starts=starts, initial_state=initial_state)
         return ScanOutput(o.to(v.dtype), state.float())
-    return _chunked_scan(q, k, v, dt, rate, starts, initial_state)
+    dt, rate = dt.float(), rate.float()
+    state = rate.new_zeros(batch, *rate.shape) if initial_state is None else initial_state.float()
+    goes_on = torch.ones(batch, length, dtype=torch.float32, device=q.device)
+    if starts is not None:
+        goes_on = (starts == F.pad(starts[:, :-1], (1, 0), value=-1)).float().expand(batch, -1)
+        visible = starts <= torch.arange(length, device=q.device)
+        v = v * visible[..., None, None].to(v.dtype)
+    if backend == "triton":
+        from linearize.kernels.scan_triton import scan_triton
+
+        return ScanOutput(*scan_triton(q, k, v, dt, rate, goes_on, state))
+    return _chunked_scan(q, k, v, dt, rate, goes_on, state)
 
 
 def selective_scan_step(q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, state: Tensor) -> Tensor:
@@ -130,7 +141,7 @@ def _scan_one_chunk(
     Every factor lies in [0, 1], and nothing is divided or subtracted.
     """
     keep, write, queries = _scan_tokens(q, k, v, dt, rate)
-    keep = keep * goes_on
+    keep = keep * goes_on[..., None, None, None, None]
     reach = 1
     while reach < keep.shape[1]:
         later = (0,) * 8 + (reach, 0)
@@ -142,23 +153,13 @@ def _scan_one_chunk(
 
 
 def _chunked_scan(
-    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, starts: Tensor | None, state: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor, state: Tensor
 ) -> ScanOutput:
     """Chunk by chunk, each computed again in the backward pass, so that the states of one chunk at a time are kept."""
-    batch, length = q.shape[:2]
-    goes_on = torch.ones(batch, length, 1, 1, 1, 1, dtype=torch.float32, device=q.device)
-    dt, rate = dt.float(), rate.float()
-    if starts is not None:
-        before = F.pad(starts[:, :-1], (1, 0), value=-1)
-        goes_on = (starts == before).float().view_as(goes_on)
-        visible = starts <= torch.arange(length, device=q.device)
-        v = v * visible[..., None, None].to(v.dtype)
-    if state is None:
-        state = rate.new_zeros(batch, *rate.shape)
-    state, outputs = state.float(), []
-    for begin in range(0, length, SCAN_CHUNK):
-        cut = [t[:, begin : begin + SCAN_CHUNK] for t in (q, k, v, dt)]
-        chunk = (*cut, rate, goes_on[:, begin : begin + SCAN_CHUNK], state)
+    outputs = []
+    for begin in range(0, q.shape[1], SCAN_CHUNK):
+        here = slice(begin, begin + SCAN_CHUNK)
+        chunk = (*(t[:, here] for t in (q, k, v, dt)), rate, goes_on[:, here], state)
         if torch.is_grad_enabled() and any(t.requires_grad for t in chunk):
             out, state = checkpoint(_scan_one_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
         else:

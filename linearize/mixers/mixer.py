@@ -226,36 +226,23 @@ class TokenMixer(nn.Module):
     ) -> Tensor:
         q, k = (context.pack(t) for t in rotated)
         v = context.pack(v)
-        seen = cache.get("length") if cache else None
+        filled = cache if cache and "length" in cache else None
         window, memory, normalizer, after = None, None, None, None
         if self.window:
-            window = self._window(q, k, v, context.starts, cache if seen is not None else None)
+            window = self._window(q, k, v, context.starts, filled)
         stream: Tensors = {}
         recent: Tensor | None = None
         if self.memory is not None:
             sides = (context.pack(plain[0]), context.pack(plain[1])), (q, k), v
             if self.conv is not None:
-                past = cache["conv"] if cache and seen is not None else None
+                past = None if filled is None else filled["conv"]
                 *convolved, recent = self.conv(self._conv_inputs(sides[0], v), context, past)
                 sides = self._convolved(convolved, sides, rotate)
             x = context.pack(x)
             q_memory, stream = self._memory_inputs(x, *sides, rotate)
             if context.lengths is not None:
                 stream = {n: t * context.real(t) for n, t in stream.items()}
-            entering, starts = stream, context.starts
-            if self.delay:
-                entering, starts = self._delayed(stream, context, cache if seen is not None else None)
-            state = None
-            if cache and seen is not None:
-                state = {n: cache[n] for n in self.memory.state_names}
-            if self.terrace and self.delay:
-                past = cache if cache and seen is not None else None
-                index = self._document_index(v, context.starts, past)
-                memory, normalizer, after = terrace_memory(
-                    self.memory, q_memory, entering, index, context, self.terrace, past or {}
-                )
-            else:
-                memory, normalizer, after = self.memory(q_memory, entering, starts, state)
+            memory, normalizer, after = self._memorize(q_memory, stream, context, filled)
             memory = self._read(memory, stream, x)
         out = self._finish(window, memory, normalizer)
         if cache is not None:
@@ -263,6 +250,21 @@ class TokenMixer(nn.Module):
             if recent is not None:
                 cache["conv"].copy_(recent)
         return context.unpack(out)
+
+    def _memorize(
+        self, q: Tensor, stream: Tensors, context: SequenceContext, cache: Tensors | None
+    ) -> tuple[Tensor, Tensor | None, Tensors]:
+        """The memory's outputs, sums of weights and next states, where the stream enters when the window lets it."""
+        assert self.memory is not None
+        entering, starts = stream, context.starts
+        if self.delay:
+            entering, starts = self._delayed(stream, context, cache)
+        if self.delay and self.terrace:
+            index = self._document_index(stream["k"], context.starts, cache)
+            return terrace_memory(self.memory, q, entering, index, context, self.terrace, cache or {})
+        state = None if cache is None else {n: cache[n] for n in self.memory.state_names}
+        out: tuple[Tensor, Tensor | None, Tensors] = self.memory(q, entering, starts, state)
+        return out
 
     def _window(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cache: Tensors | None) -> WindowOutput:
         span = 0 if cache is None else self.window + self.sinks

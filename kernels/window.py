@@ -54,7 +54,8 @@ def window_attention(
         window: visible tokens, at least 1.
         sinks: always visible first tokens of a document.
         scale: factor on the scores; K**-0.5 by default.
-        starts: int [B, T], first token of each token's document; values below 0 count as 0.
+        starts: int [B, T], first token of each token's document; values below 0 count as 0. Without sinks it may be any
+            first visible token, as long as it does not fall from one token to the next.
         cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
 
     Returns:
@@ -101,6 +102,7 @@ def window_step(
     length: Tensor,
     *,
     scale: float | None = None,
+    reach: Tensor | None = None,
 ) -> WindowOutput:
     """One token of window attention, after its key and value were written to slot `length % W` of the rings.
 
@@ -112,11 +114,13 @@ def window_step(
         sink_v: [B, S, G, V], or None.
         length: int [B], tokens of the row before this one.
         scale: factor on the scores; K**-0.5 by default.
+        reach: int [B], how many tokens of the ring before it the token sees; all of them by default. It has no Triton
+            form.
 
     Returns:
         o [B, H, V], log-sum-exp [B, H], largest score [B, H].
     """
-    if select("step", q) == "triton":
+    if reach is None and select("step", q) == "triton":
         from linearize.kernels.step_triton import window_step_triton
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -124,6 +128,8 @@ def window_step(
     window = k_ring.shape[1]
     slot = torch.arange(window, device=q.device)
     visible = slot <= length[:, None]
+    if reach is not None:
+        visible = visible & ((length[:, None] - slot) % window <= reach[:, None])
     keys, values = k_ring, v_ring
     if sink_k is not None and sink_v is not None:
         sink = torch.arange(sink_k.shape[1], device=q.device)

@@ -67,6 +67,13 @@ def _hybrid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.window + out.memory
 
 
+def _scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.scan import selective_scan
+
+    rate = torch.arange(1, 9, device=v.device, dtype=v.dtype).expand(v.shape[2], v.shape[3], 8)
+    return selective_scan(q, k, v, torch.nn.functional.softplus(v) / 4, rate).o
+
+
 def _step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from linearize.kernels.gated_linear import gated_linear_step
 
@@ -87,6 +94,7 @@ OPS: dict[str, tuple[Run, Run]] = {
     "window": (_window, _window),
     "hybrid": (_hybrid, _hybrid),
     "delta": (_delta, _delta),
+    "scan": (_scan, _scan),
     "step": (_step, _gated_linear),
 }
 

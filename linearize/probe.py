@@ -187,7 +187,7 @@ class _Tally:
 class _Branches:
     """Both attentions of every layer: all heads exact, and all heads on the window; the weights are the teacher's."""
 
-    def __init__(self, model: Any, window: dict[str, int]) -> None:
+    def __init__(self, model: Any, window: dict[str, Any]) -> None:
         config = model.config
         family = families.get(config.model_type)
         spec = Mixer(window=Window(**window), combine=Part(name="window_only")).model_dump()

@@ -42,10 +42,44 @@ class Part(BaseModel):
 
 
 class Window(Strict):
-    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document."""
+    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document.
+
+    Args:
+        kind: `sliding`, or `terrace`: blocks of `size` tokens, of which a token sees its own up to itself and the one
+            before (LoLCATs as it trains). A terrace has no sinks.
+    """
 
     size: int = Field(64, ge=1)
     sinks: int = Field(0, ge=0)
+    kind: Literal["sliding", "terrace"] = "sliding"
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.kind == "terrace" and self.sinks:
+            raise ValueError("`kind: terrace` has no sinks; set `sinks: 0`, or `kind: sliding`")
+        return self
+
+
+class Conv(Strict):
+    """A causal depthwise convolution on what the memory reads. In YAML `4` is short for `{taps: 4}`.
+
+    Args:
+        taps: tokens that it mixes, its own included.
+        inputs: `qkv`, the queries, keys and values by the teacher's heads; or `v`, the values alone by the memory's
+            heads (Mamba-1).
+        activation: behind it; `silu` in Mamba.
+        identity: start as the identity. Mamba's start is random.
+    """
+
+    taps: int = Field(4, ge=2)
+    inputs: Literal["qkv", "v"] = "qkv"
+    activation: Literal["none", "silu"] = "none"
+    identity: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"taps": value} if isinstance(value, int) else value
 
 
 class Mixer(Strict):
@@ -56,11 +90,13 @@ class Mixer(Strict):
             or their features are what is rotated (`features`, SUPRA).
         normalize: divide the memory's output by the sum of its weights.
         overlap: the memory also covers the tokens inside the window; if false, window and memory are disjoint.
-        output_norm: norm per head on the memory's output: RMS norm with a learned scale (true), or group norm without
-            one (`group`, SUPRA).
-        output_gate: multiply the mixer's output by a learned gate of the layer's input.
-        conv: taps of a causal depthwise convolution on the q, k and v that the memory reads, started as the identity.
-        k_map_heads: one key feature map per KV head, or one per query head (LoLCATs to the letter).
+        output_norm: norm per head on the memory's output: RMS norm with a learned scale that the heads share (true) or
+            that each has its own of (`per_head`, Mamba-2), or group norm without one (`group`, SUPRA).
+        output_gate: multiply by a learned gate of the layer's input: the mixer's output by its sigmoid, started open
+            (true), or the memory's, before the norm, by its SiLU (`silu`, Mamba).
+        conv: a causal depthwise convolution on the q, k and v that the memory reads.
+        k_map_heads: the memory, with its key feature map, gate and state, is one per KV head, or one per query head
+            (LoLCATs and The Mamba in the Llama to the letter).
     """
 
     feature_map: Part = Part(name="identity")
@@ -71,9 +107,9 @@ class Mixer(Strict):
     rotary: bool | Literal["features"] = False
     normalize: bool = False
     overlap: bool = True
-    output_norm: bool | Literal["group"] = False
-    output_gate: bool = False
-    conv: int | None = Field(None, ge=2)
+    output_norm: bool | Literal["group", "per_head"] = False
+    output_gate: bool | Literal["silu"] = False
+    conv: Conv | None = None
     k_map_heads: Literal["kv", "query"] = "kv"
 
 

@@ -14,6 +14,7 @@ import argparse
 import csv
 import itertools
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -280,6 +281,7 @@ def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str
 
 def _poison() -> None:
     """Let every fresh tensor hold NaN until it is written."""
+    torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     warnings.simplefilter("ignore")

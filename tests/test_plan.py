@@ -66,18 +66,19 @@ def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) ->
     model = AutoModelForCausalLM.from_config(config)
     assert plan.parameters == model.num_parameters()
     teacher_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
-    mixers = []
+    mixers = {}
     if recipe.mixer is not None:
-        convert(model, recipe.mixer.model_dump())
-        mixers = [layer.self_attn.mixer for layer in model.model.layers]
-    assert plan.mixer_parameters == sum(p.numel() for mixer in mixers for p in mixer.parameters())
+        layers = recipe.converted_layers(config.num_hidden_layers)
+        convert(model, recipe.mixer.model_dump(), layers)
+        mixers = {index: model.model.layers[index].self_attn.mixer for index in layers}
+    assert plan.mixer_parameters == sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
     student_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
     held = [tensor_bytes([(layer.keys, layer.values) for layer in teacher_cache.layers])]
     if recipe.mixer is None:
         held.append(tensor_bytes([(layer.keys, layer.values) for layer in student_cache.layers]))
     else:
         held.append(student_cache.nbytes())
-    planned = planning._cache_bytes(recipe, config, dict(enumerate(mixers)), 200, torch.float32)
+    planned = planning._cache_bytes(recipe, config, mixers, 200, torch.float32)
     assert list(planned) == held
     assert [stage.steps for stage in plan.stages] == [stage.steps(64) for stage in recipe.stages]
 

@@ -72,6 +72,17 @@ def test_paper_settings() -> None:
     assert finetune.optimizer.lr == 1e-4
     assert lolcats.mixer is not None
     assert lolcats.mixer.k_map_heads == "query"
+    for name in ("paper/mamba1-llama", "paper/mamba2-llama"):
+        (finetune,) = Recipe.from_yaml(name).stages
+        assert (finetune.train, finetune.optimizer.lr, finetune.optimizer.warmup) == ("full", 2e-5, 0.01)
+        converted = [
+            Recipe.from_yaml(name, [f"layers={layers}"]).converted_layers(32)
+            for layers in ("{keep: 0.5}", "{keep: 0.25}", "{keep: 0.125}", "all")
+        ]
+        assert Recipe.from_yaml(name).converted_layers(32) == converted[0] == list(range(0, 32, 2))
+        assert [layer for layer in range(32) if layer not in converted[1]] == [3, 7, 11, 15, 19, 23, 27, 31]
+        assert [layer for layer in range(32) if layer not in converted[2]] == [7, 15, 23, 31]
+        assert converted[3] == list(range(32))
 
 
 def test_yaml_round_trip(recipe: Recipe, tmp_path) -> None:
@@ -117,6 +128,8 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ("name: r\ndata: {length: '512'}", ["`data.length`", "integer", "'512' (str)"]),
         ("name: r\ndata: {length: 512.0}", ["`data.length`", "integer", "512.0 (float)"]),
         ("name: r\nmixer: {rotary: 1}", ["`mixer.rotary`", "boolean", "1 (int)"]),
+        ("name: r\nmixer: {conv: 1}", ["`mixer.conv", "greater than or equal to 2"]),
+        ("name: r\nmixer: {window: {sinks: 2, kind: terrace}}", ["`mixer.window`", "has no sinks"]),
         ("name: r\nlayers: [0, one]", ["`layers.1`", "'one' (str)"]),
         ("name: r\nlayers: some", ["`layers`", "'all' or a valid list"]),
         ("name: r\nlayers: {evry: 8}", ["`layers.evry`", "Did you mean 'every'?"]),

@@ -24,7 +24,7 @@ from linearize.mixers.context import default_positions, sequence_context
 from linearize.registry import families
 
 STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_static", "offloaded_hybrid")
-FP32_MODULES = ("mixer.gate", "mixer.memory", "mixer.combine")
+FP32_MODULES = ("mixer.gate", "mixer.memory", "mixer.combine", "mixer.conv")
 
 
 class Classes(NamedTuple):

@@ -6,6 +6,7 @@ bf16 is left to the GPU check of `scripts/bench_kernels.py`: the interpreter's b
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from linearize.kernels.delta import delta_product, delta_product_step, gated_del
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
 from linearize.kernels.reference import gated_delta_reference, window_reference
+from linearize.kernels.scan import selective_scan
 from linearize.kernels.window import window_attention, window_step
 
 
@@ -246,3 +248,28 @@ def test_any_shape(gate: str, T: int, G: int, repeat: int, K: int, V: int, windo
         errors = op(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
         check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
     check(window_errors(torch.float32, 1, T, G * repeat, G, K, V, window, sinks, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "key_dim", "size", "value_dim"),
+    [(1, 2, 2, 8, 8, 8), (70, 6, 2, 12, 4, 9), (64, 3, 1, 10, 5, 6), (129, 2, 2, 8, 4, 8)],
+)
+def test_scan_and_every_gradient(length, heads, groups, key_dim, size, value_dim):
+    shapes = {"q": (heads, key_dim), "k": (groups, key_dim), "v": (groups, value_dim), "dt": (groups, value_dim)}
+    tensors = {name: torch.randn(2, length, *shape) for name, shape in shapes.items()}
+    tensors["dt"] = tensors["dt"].exp() / 8
+    tensors["rate"] = torch.randn(groups, value_dim, size).exp()
+    tensors["initial_state"] = torch.randn(2, groups, value_dim, size)
+    begins = [[], [0, length // 3]]
+    starts = [[max([b for b in row if b <= t], default=-1) for t in range(length)] for row in begins]
+    results = {}
+    for backend in ("triton", "reference"):
+        os.environ["LINEARIZE_BACKEND"] = backend
+        given = {name: t.double() if backend == "reference" else t.clone() for name, t in tensors.items()}
+        given = {name: t.requires_grad_() for name, t in given.items()}
+        out = selective_scan(**given, starts=torch.tensor(starts))
+        torch.manual_seed(7)
+        sum((t * torch.randn(t.shape)).sum() for t in out).backward()
+        results[backend] = {**out._asdict(), **{f"d{name}": t.grad for name, t in given.items()}}
+    for name, ours in results["triton"].items():
+        assert relative(ours, results["reference"][name].double()) < 2e-5, name

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from dry_compile import Needs, compile_calls, transposed_accumulators
 
-from linearize.kernels import delta_triton, gated_linear_triton, step_triton, window_triton
+from linearize.kernels import delta_triton, gated_linear_triton, scan_triton, step_triton, window_triton
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 SPILL = {"vector": 2600, "scalar": 900, "none": 900, "window": 500}  # bytes a thread
@@ -84,6 +84,18 @@ def delta_step(dim: int) -> Callable[[], None]:
     )
 
 
+def scan(repeat: int) -> Callable[[], None]:
+    q, k, v = (torch.empty(2, 128, heads, 128, dtype=torch.bfloat16) for heads in (8 * repeat, 8, 8))
+    dt, goes_on = torch.empty(2, 128, 8, 128), torch.empty(2, 128)
+    rate, state = torch.empty(8, 128, 16), torch.empty(2, 8, 128, 16)
+
+    def calls() -> None:
+        o, final, kept = scan_triton._run_forward(q, k, v, dt, rate, goes_on, state)
+        scan_triton._run_backward(o, final, q, k, v, dt, rate, goes_on, kept)
+
+    return calls
+
+
 def check(needs: list[Needs], capability: int, spill: int) -> None:
     for need in needs:
         assert need.shared <= SHARED[capability], need
@@ -116,6 +128,12 @@ def test_window(capability: int) -> None:
 def test_step() -> None:
     check(compile_calls(step(128), 90), 90, 0)
     check(compile_calls(delta_step(128), 90), 90, 0)
+
+
+@pytest.mark.parametrize("repeat", [1, 4])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_scan(capability: int, repeat: int) -> None:
+    check(compile_calls(scan(repeat), capability), capability, 0)
 
 
 @pytest.mark.parametrize("last", ["#shared3, #smem>", "#shared, #smem>\n %t = ttg.memdesc_trans %b {order"])

@@ -290,7 +290,6 @@ def _delta_state_grads(
         tl.store(d_state_0 + row * K * V + tile, grad, mask=in_tile)
 
 
-@torch.compiler.assume_constant_result
 @triton.jit(do_not_specialize=["M", "T", "H"])
 def _unit(
     x, dy, y, M, T, H, eps, x_b, x_t, x_h, d_b, d_t, d_h,
@@ -321,6 +320,7 @@ def _unit_launch(x: Tensor, dy: Tensor | None, eps: float) -> tuple[Launch, Tens
     return Launch(_unit, (-(-B * T * H // ROWS), 1, 1), args, constants, {}, warps=4, stages=1), y
 
 
+@torch.compiler.assume_constant_result
 def supported(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     """Whether the kernels serve these head dims and this dtype."""
     return delta_tiles(dtype, key_dim, value_dim, 1, 1, 1) is not None

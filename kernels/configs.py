@@ -139,8 +139,8 @@ def delta_tiles(
         )
     return DeltaTiles(
         chunk=shared.chunk,
-        # At least 64 wide: with vector decay, bf16 and a 32-wide tile Triton 3.6 gave wrong numbers on Hopper.
-        solve=Tile(max(key, 64), min(value, 64), warps=4 if key <= 128 else 8, stages=1),
+        # At least 64 wide: with 32 columns of values Triton 3.6 gave wrong u on Hopper.
+        solve=Tile(max(key, 64), 64, warps=4 if key <= 128 else 8, stages=1),
         states=Tile(key, columns, stages=2),
         outputs=shared.outputs,
         value_grads=Tile(key, min(value, 64), warps=4 if key <= 128 else 8, stages=1),

@@ -71,13 +71,24 @@ def _level_pairs(i, j, level):
 
 @triton.jit
 def _sums(m, gate, GDT: tl.constexpr):
-    """Sums of gates [C, BK] over the tokens named by a row of m [C, C]: a product, exact for 16-bit gates."""
+    """Sums of gates [C, BK] over the tokens named by a row of m [C, C]: a product, exact for 16-bit gates.
+
+    GDT is the dtype of the product, or "split": fp32 gates in two halves of bf16, right to about 2**-17.
+    """
+    if GDT == "split":  # noqa: SIM300
+        high = gate.to(tl.bfloat16)
+        low = (gate - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(m.to(tl.bfloat16), low, tl.dot(m.to(tl.bfloat16), high))
     return tl.dot(m.to(GDT), gate.to(GDT), input_precision="tf32x3")
 
 
 @triton.jit
 def _sums_T(gate_T, m_T, GDT: tl.constexpr):
     """The same for gates [BK, C]: the transpose of an accumulator must not reach a dot, so it is computed anew."""
+    if GDT == "split":  # noqa: SIM300
+        high = gate_T.to(tl.bfloat16)
+        low = (gate_T - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(low, m_T.to(tl.bfloat16), tl.dot(high, m_T.to(tl.bfloat16)))
     return tl.dot(gate_T.to(GDT), m_T.to(GDT), input_precision="tf32x3")
 
 
@@ -942,6 +953,11 @@ def gated_linear_triton(
     return (o, sums, state, norm) if with_normalizer else (o, None, state, None)
 
 
+def _gate_dtype(dtype: torch.dtype, bf16: bool) -> object:
+    """What sums of gates are computed in: see `_sums`."""
+    return "split" if bf16 and dtype == torch.float32 else GATE_DTYPES[dtype]
+
+
 def _gate_mode(log_decay: Tensor | None) -> int:
     return 0 if log_decay is None else log_decay.dim() - 2
 
@@ -995,7 +1011,7 @@ class Call:
             "LOG_C": tiles.chunk.bit_length() - 1,
             "LIMIT": 20.0,
             "DT": tl.bfloat16 if bf16 else tl.float32,
-            "GDT": tl.float32 if self.gate is None else GATE_DTYPES[self.gate.dtype],
+            "GDT": tl.float32 if self.gate is None else _gate_dtype(self.gate.dtype, bf16),
             "HALF": q.dtype == torch.float16,
             "PREC": "tf32" if q.dtype == torch.float16 else "tf32x3",
             "SEGMENTS": tiles.segments,

@@ -93,9 +93,9 @@ def compare(
 
 def linear_errors(
     gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, harsh: bool = False,
-    packed: bool = False, normalizer: bool = False, device: str = "cuda",
+    packed: bool = False, normalizer: bool = False, exact_gates: bool = False, device: str = "cuda",
 ) -> dict[str, float]:  # fmt: skip
-    """Errors of gated linear attention, with an initial state."""
+    """Errors of gated linear attention, with an initial state; `exact_gates` leaves gates in fp32, as mixers do."""
 
     def new(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).to(dtype)
@@ -103,7 +103,9 @@ def linear_errors(
     g = gates(gate, (B, T, G, K), device, harsh)
     state = torch.randn(B, G, K, V, device=device)
     norm = torch.randn(B, G, K, device=device) if normalizer else None
-    if g is not None and gate != "fixed":  # decay parameters stay fp32, projected decays have the inputs' dtype
+    if (
+        g is not None and gate != "fixed" and not exact_gates
+    ):  # decay parameters stay fp32, projected decays have the inputs' dtype
         g = g.to(dtype)
     tensors = [new(B, T, H, K), new(B, T, G, K), new(B, T, G, V), g, state, norm]
     starts = documents(B, T, device) if packed else None
@@ -260,6 +262,10 @@ def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str
             run = partial(linear_errors, gate, dtype, *shape, packed=True, normalizer=True)
             yield f"linear {gate} packed {shape}", dtype, run
             if gate in ("scalar", "vector"):
+                run = partial(linear_errors, gate, dtype, *shape, exact_gates=True)
+                yield f"linear {gate} fp32 gates {shape}", dtype, run
+                run = partial(linear_errors, gate, dtype, *shape, exact_gates=True, harsh=True)
+                yield f"linear {gate} fp32 gates, harsh {shape}", dtype, run
                 yield f"linear {gate} harsh {shape}", dtype, partial(linear_errors, gate, dtype, *shape, harsh=True)
         for dim, (window, sinks, packed) in itertools.product(dims, ((64, 0, False), (100, 4, True), (16, 3, True))):
             shape = (2, 300, 8, 2, dim, dim)

@@ -123,7 +123,8 @@ def _profile(step: Any) -> None:
         torch.cuda.synchronize()
     averages = trace.key_averages()
     launches = sum(e.count for e in averages if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx"))
-    busy = sum(e.self_device_time_total for e in averages) / 1e3
+    on_gpu = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.self_device_time_total for e in on_gpu) / 1e3
     print(f"{launches} launches, GPU busy {busy:.1f} ms")
     print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
     print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))

@@ -38,6 +38,7 @@ class Quality:
         tokens: how many tokens that is.
         seconds: wall time of the pass.
         by_position: the same by position in the document, in buckets that double.
+        row_losses: of each row, its number of tokens and its mean loss: what a paired comparison needs.
         note: what a reader must know of these numbers; empty if nothing.
     """
 
@@ -49,6 +50,7 @@ class Quality:
     seconds: float
     by_position: tuple[PositionBucket, ...]
     note: str = ""
+    row_losses: tuple[tuple[int, float], ...] = ()
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the evaluation as a row of `results.json` (keys without a value are left out)."""
@@ -61,14 +63,21 @@ class Quality:
 
 
 class Tally:
-    """Sums over tokens, by position bucket, in float64."""
+    """Sums over tokens, by position bucket and by row, in float64.
 
-    def __init__(self, longest: int, with_teacher: bool) -> None:
+    Args:
+        longest: tokens a row.
+        with_teacher: whether there is a teacher to compare with.
+        rows: how many rows will be seen.
+    """
+
+    def __init__(self, longest: int, with_teacher: bool, rows: int) -> None:
         self.with_teacher = with_teacher
+        self.rows = torch.zeros(2, rows, dtype=torch.float64)
         buckets = int(bucket(torch.tensor(longest))) + 1
         self.sums = torch.zeros(4, buckets, dtype=torch.float64)
 
-    def add(self, student: Tensor, teacher: Tensor | None, targets: Tensor, positions: Tensor) -> None:
+    def add(self, student: Tensor, teacher: Tensor | None, targets: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Add a chunk of tokens.
 
         Args:
@@ -76,6 +85,7 @@ class Tally:
             teacher: logits [l, V], float32, if there is a teacher.
             targets: the tokens that came, [l].
             positions: their places in their documents, [l].
+            rows: the rows that they are in, [l].
         """
         log_q = student.log_softmax(-1)
         loss = -log_q.gather(-1, targets[:, None])[:, 0]
@@ -86,6 +96,7 @@ class Tally:
             agree = (log_p.argmax(-1) == log_q.argmax(-1)).to(loss.dtype)
         values = torch.stack([torch.ones_like(loss), loss, kl, agree]).double().cpu()
         self.sums.index_add_(1, bucket(positions).cpu(), values)
+        self.rows.index_add_(1, rows.cpu(), values[:2])
 
     def quality(self, seconds: float, note: str) -> Quality:
         """Return the means of all that was added."""
@@ -106,6 +117,7 @@ class Tally:
             seconds=seconds,
             by_position=tuple(spans),
             note=note,
+            row_losses=tuple((int(count), own / count) for count, own in self.rows.T.tolist() if count),
         )
 
 

@@ -62,6 +62,12 @@ def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes:
     return folder
 
 
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> object:
+    """The tokenizer of the tiny teachers: one token a byte."""
+    return build_tokenizer()
+
+
 @pytest.fixture
 def make_teacher(tmp_path: Path) -> Callable[..., Path]:
     """Write a tiny teacher to a new folder: `make_teacher("name", family="qwen3", num_hidden_layers=3)`."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from linearize.report import cache_cells, quality_cells, rich_table
+from linearize.report import cache_cells, evaluation_cells, quality_cells, rich_table, speed_cells, verdicts
 from linearize.report.table import number, small
 
 
@@ -105,6 +105,25 @@ def show_results(results: dict[str, Any], output: Path, console: Console | None 
         if who in samples:
             console.print(f"[bold]{who}[/bold]: {escape(samples.get('prompt', ''))}[dim]{escape(samples[who])}[/dim]")
     console.print(f"Checkpoint: {escape(str(output))}   report: {escape(str(output / 'report.html'))}")
+
+
+def show_evaluation(results: dict[str, Any], output: Path, console: Console | None = None) -> None:
+    """Print an evaluation: its table, speed where it was measured, and what the memory is worth.
+
+    Args:
+        results: as in `eval.json`.
+        output: where it lies.
+        console: where to; the terminal by default.
+    """
+    console = console or terminal()
+    title = f"{results['name']}: {results['model']}, recipe {results['recipe']}, suite {results['suite']['name']}"
+    console.print(rich_table(evaluation_cells(results), escape(title)))
+    speed = speed_cells(results)
+    if speed.rows:
+        console.print(rich_table(speed, "Speed and memory"))
+    for sentence in verdicts(results):
+        console.print(escape(sentence))
+    console.print(f"Report: {escape(str(output / 'eval.md'))}")
 
 
 def _row_words(row: dict[str, Any]) -> str:

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.api import evaluate_folder, generate_text, linearize, load, plan
+from linearize.api import generate_text, linearize, load, plan
 from linearize.errors import LinearizeError
 from linearize.eval import kv_cache_bytes
+from linearize.evaluation import evaluate_folder
 from linearize.recipe import Recipe
 
 FILES = {

@@ -6,6 +6,7 @@ Shapes: V vocabulary, l tokens in a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,6 +120,30 @@ class Tally:
             note=note,
             row_losses=tuple((int(count), own / count) for count, own in self.rows.T.tolist() if count),
         )
+
+
+def paired_difference(first: Quality, second: Quality) -> tuple[float, float]:
+    """Return the mean loss of `first` less that of `second` on the same rows, and its standard error over rows."""
+    return weighted_difference(first.row_losses, second.row_losses)
+
+
+def weighted_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean difference of two lists of (tokens, mean loss) by row, and its standard error.
+
+    Rows are the sample, and each weighs as many tokens as it has; with one row the standard error is nan.
+
+    Raises:
+        ValueError: they are of other rows.
+    """
+    if [count for count, _ in first] != [count for count, _ in second]:
+        raise ValueError("The two were measured on other rows.")
+    weights = torch.tensor([count for count, _ in first], dtype=torch.float64)
+    gaps = torch.tensor([a - b for (_, a), (_, b) in zip(first, second, strict=True)], dtype=torch.float64)
+    mean = (weights * gaps).sum() / weights.sum()
+    if len(gaps) < 2:
+        return float(mean), math.nan
+    scatter = (weights**2 * (gaps - mean) ** 2).sum() * len(gaps) / (len(gaps) - 1)
+    return float(mean), float(scatter.sqrt() / weights.sum())
 
 
 def bucket(positions: Tensor) -> Tensor:

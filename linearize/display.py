@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from linearize.report import cache_cells, evaluation_cells, quality_cells, rich_table, speed_cells, verdicts
+from linearize.report import (
+    answer_cells,
+    cache_cells,
+    quality_cells,
+    rich_table,
+    speed_cells,
+    text_cells,
+    verdicts,
+)
 from linearize.report.table import number, small
 
 
@@ -117,10 +125,14 @@ def show_evaluation(results: dict[str, Any], output: Path, console: Console | No
     """
     console = console or terminal()
     title = f"{results['name']}: {results['model']}, recipe {results['recipe']}, suite {results['suite']['name']}"
-    console.print(rich_table(evaluation_cells(results), escape(title)))
-    speed = speed_cells(results)
-    if speed.rows:
-        console.print(rich_table(speed, "Speed and memory"))
+    console.print(rich_table(text_cells(results), escape(title)))
+    parts = {
+        "Per cent right: recall and generation with 95 % intervals, tasks with standard errors": answer_cells(results),
+        "Speed and memory": speed_cells(results),
+    }
+    for name, cells in parts.items():
+        if cells.rows:
+            console.print(rich_table(cells, name))
     for sentence in verdicts(results):
         console.print(escape(sentence))
     console.print(f"Report: {escape(str(output / 'eval.md'))}")

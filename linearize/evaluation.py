@@ -90,6 +90,7 @@ def evaluate_folder(
     answers = _task_folder(task_data, chosen)
     check_tasks(chosen.tasks)
     kept = [_control(Path(control)) for control in controls]
+    names = _row_names([path, *(control for control, _ in kept)])
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = _texts(recipe, tokenizer, settings["seed"], chosen, [data] if isinstance(data, str) else data, sizes)
     bench = Bench(chosen, texts, tokenizer, seed, answers, tokens)
@@ -97,22 +98,22 @@ def evaluate_folder(
     if against != NONE:
         found.append(_teacher(bench, against or settings["model"], settings, kind, where, tell))
     with _model(path, kind, where) as model:
-        found.append(bench.model(model, path.name, "student", {"folder": str(path), "recipe": recipe.name}, tell))
+        found.append(bench.model(model, names[path], "student", {"folder": str(path), "recipe": recipe.name}, tell))
         for name in applicable(model):
             with CONTROLS[name](model):
                 found.append(
                     bench.model(
-                        model, name, "control", {"of": path.name}, tell, text_only=name not in ANSWERED, speed=False
+                        model, name, "control", {"of": names[path]}, tell, text_only=name not in ANSWERED, speed=False
                     )
                 )
     for control, name in kept:
         with _model(control, kind, where) as model:
             about = {"folder": str(control), "recipe": name, "trained": True}
-            found.append(bench.model(model, f"{control.name} ({name})", "control", about, tell, speed=False))
+            found.append(bench.model(model, names[control], "control", about, tell, speed=False))
     results = {
         "model": settings["model"],
         "recipe": recipe.name,
-        "name": path.name,
+        "name": names[path],
         "suite": chosen.settings(),
         "texts": [
             {"name": t.name, "source": t.source, "rows": len(t.rows), "length": t.rows.length, "sha256": t.fingerprint}
@@ -165,6 +166,20 @@ def _control(path: Path) -> tuple[Path, str]:
     if not (path / "config.json").is_file():
         raise LinearizeError(f"--control: there is no model in {path} (no config.json). Give the folder of a run.")
     return path, str(workspace.locked_settings(path)["recipe"].get("name", "unnamed"))
+
+
+def _row_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Folders by the names of their rows: the last part of the path, the whole of it where two are alike.
+
+    Raises:
+        LinearizeError: a folder is named twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise LinearizeError(f"--control names a folder twice, or DIR itself: {', '.join(map(str, folders))}.")
+    last = [folder.resolve().name for folder in folders]
+    taken = {"teacher", *CONTROLS}
+    alike = len(set(last)) < len(last) or taken & set(last)
+    return {folder: str(folder) if alike else name for folder, name in zip(folders, last, strict=True)}
 
 
 def _texts(

@@ -6,6 +6,7 @@ The harness is an extra: `pip install 'linearize[lm_eval]'`.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import tempfile
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ def zero_shot(
     limit: int | None = None,
     batch: int = 8,
     max_length: int | None = None,
+    subjects: Sequence[str] | None = None,
 ) -> list[TaskScore]:
     """Score a model on tasks of lm-evaluation-harness.
 
@@ -88,6 +90,7 @@ def zero_shot(
         limit: questions per task (per subject of MMLU); all by default.
         batch: rows at once.
         max_length: tokens of a prompt; the model's own context by default.
+        subjects: the harness's names of the parts of MMLU; all 57 by default.
 
     Returns:
         One score per task, in the order given.
@@ -101,12 +104,15 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-")))
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=max_length)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=max_length)
         manager = TaskManager()
-        subjects = [name for part in MMLU_PARTS for name in sorted(manager.task_index[f"mmlu_{part}_tasks"].tags)]
+        if subjects is None:
+            subjects = [name for part in MMLU_PARTS for name in sorted(manager.task_index[f"mmlu_{part}_tasks"].tags)]
         try:
             found = simple_evaluate(
                 wrapped,

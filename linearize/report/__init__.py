@@ -15,7 +15,15 @@ An evaluation (`eval.json`) is another dict: see `evaluation.py`.
 
 import linearize.report.evaluation_figures  # noqa: F401  (enters its figures beside those of a run)
 from linearize.report.card import model_card
-from linearize.report.evaluation import compare_cells, evaluation_cells, evaluation_page, speed_cells, verdicts
+from linearize.report.evaluation import (
+    answer_cells,
+    compare_cells,
+    evaluation_cells,
+    evaluation_page,
+    speed_cells,
+    text_cells,
+    verdicts,
+)
 from linearize.report.figures import draw_png, draw_svg
 from linearize.report.html import render_html
 from linearize.report.metrics import MetricsWriter, read_metrics, rewind
@@ -23,6 +31,7 @@ from linearize.report.table import cache_cells, quality_cells, rich_table
 
 __all__ = [
     "MetricsWriter",
+    "answer_cells",
     "cache_cells",
     "compare_cells",
     "draw_png",
@@ -36,5 +45,6 @@ __all__ = [
     "rewind",
     "rich_table",
     "speed_cells",
+    "text_cells",
     "verdicts",
 ]

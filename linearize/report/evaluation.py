@@ -53,6 +53,37 @@ def compare_cells(evaluations: Sequence[Results]) -> Cells:
     return cells
 
 
+def text_cells(results: Results) -> Cells:
+    """Return perplexity and divergence alone, one line per model and text."""
+    rows = []
+    lost = {entry["name"]: entry["text"] for entry in results["differences"]}
+    teacher = next((model["text"] for model in results["models"] if model["role"] == "teacher"), {})
+    for text in _keys(results["models"], "text"):
+        base = teacher.get(text, {}).get("loss")
+        for model in results["models"]:
+            rows.append(
+                [
+                    model["name"],
+                    text,
+                    _text(model, text, "loss", lambda v: number(_exp(v))),
+                    ABSENT if base is None else _text(model, text, "loss", lambda v, base=base: number(_exp(v - base))),
+                    _text(model, text, "kl", small),
+                    _text(model, text, "top1", _percent),
+                    gap(lost.get(model["name"], {}).get(text)),
+                ]
+            )
+    header = ["", "text", "perplexity", "× teacher", "KL to teacher", "same top token", "loss behind student (nats)"]
+    return Cells(header, rows)
+
+
+def answer_cells(results: Results) -> Cells:
+    """Return recall, generation and tasks alone, one column per model that answered."""
+    answered = [
+        {**model, "text": {}} for model in results["models"] if model.keys() & {"recall", "generation", "zero_shot"}
+    ]
+    return model_cells(answered)
+
+
 def model_cells(models: Models, differences: Sequence[Results] = ()) -> Cells:
     """Return a table with one column per model; a row only if some model has its number.
 
@@ -138,7 +169,8 @@ def verdicts(results: Results) -> list[str]:
         if model.get("trained"):
             for text, value in entry["text"].items():
                 word = "ahead of" if value["nats"] is not None and value["nats"] > 0 else "behind"
-                found.append(f"The student is {word} {entry['name']} on {text} by {gap(value)} nats a token.")
+                trained = f"{entry['name']} (trained by {model['recipe']})"
+                found.append(f"The student is {word} {trained} on {text} by {gap(value)} nats a token.")
     return found
 
 

@@ -74,7 +74,9 @@ def recall_figure(results: Results) -> Figure | None:
         return None
     tasks = list(dict.fromkeys(row["task"] for model in models for row in model["recall"]))
     lengths = sorted({row["length"] for model in models for row in model["recall"]})
-    starts = sorted({part["start"] for model in models for row in model["recall"] for part in row["by_depth"]})
+    parts = [part for model in models for row in model["recall"] for part in row["by_depth"]]
+    spans = sorted({(part["start"], part["stop"]) for part in parts})
+    starts = [start for start, _ in spans]
     width = 1.6 + len(tasks) * max(1.5, 0.55 * len(lengths))
     figure = Figure(figsize=(max(6.4, width), 0.9 + 1.7 * len(models)), layout="constrained", facecolor="none")
     grid = figure.subplots(len(models), len(tasks), squeeze=False, sharex=True, sharey=True)
@@ -82,22 +84,21 @@ def recall_figure(results: Results) -> Figure | None:
     for row, model in enumerate(models):
         for column, task in enumerate(tasks):
             axes: Axes = grid[row][column]
-            image = axes.imshow(
-                recall_grid(model, task, lengths, starts), cmap="viridis", vmin=0, vmax=1, aspect="auto"
-            )
-            mark(axes, recall_grid(model, task, lengths, starts))
+            found = recall_grid(model, task, lengths, starts)
+            image = axes.imshow(found, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+            mark(axes, found)
             axes.grid(visible=False)
             axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
-            axes.set_yticks(range(len(starts)), [f"{100 * start:.0f} %" for start in starts])
+            axes.set_yticks(range(len(starts)), [f"{100 * start:.0f}–{100 * stop:.0f} %" for start, stop in spans])
             if row == 0:
                 axes.set_title(task)
             if column == 0:
-                axes.set_ylabel(
-                    f"{model['name']}\ndepth" if len(model["name"]) < 24 else f"{model['name'][:22]}…\ndepth"
-                )
+                axes.set_ylabel(f"{model['name'][:18]}\ndepth", fontsize=8)
             if row == len(models) - 1:
                 axes.set_xlabel("tokens")
-    figure.colorbar(image, ax=grid.ravel().tolist(), label="answered exactly", pad=0.01, format=lambda v, _: f"{v:.0%}")
+    figure.colorbar(
+        image, ax=grid.ravel().tolist(), label="answered exactly", pad=0.01, aspect=30, format=lambda v, _: f"{v:.0%}"
+    )
     return figure
 
 
@@ -125,8 +126,8 @@ def cost_figure(results: Results) -> Figure | None:
     if not models:
         return None
     measures = [
-        ("first_token", "Time to first token (s)", lambda value, _: f"{value:g}"),
-        ("decode", "Decode (tokens/s, all rows)", lambda value, _: f"{value:g}"),
+        ("first_token", "Time to first token (s)", lambda value, _: f"{value:.3g}"),
+        ("decode", "Decode (tokens/s, all rows)", lambda value, _: f"{value:,.0f}"),
         ("cache_bytes", "Cache", lambda value, _: format_bytes(value)),
     ]
     if any(row["peak_bytes"] for model in models for row in model["speed"]):

@@ -126,8 +126,8 @@ def test_a_data_set_is_read_by_split_and_subject(local: Path, tmp_path: Path) ->
 
 
 def test_bad_task_data_is_named(local: Path, tmp_path: Path) -> None:
+    (local / "piqa.jsonl").write_text('{"words": "no"}\n')
     with pytest.raises(LinearizeError, match=r"Row 1 of .*piqa.jsonl.* has the columns words"):
-        (local / "piqa.jsonl").write_text('{"words": "no"}\n')
         list(task_rows("piqa", "validation", local))
     (tmp_path / "empty").mkdir()
     with pytest.raises(LinearizeError, match=r"No file for the task 'mmlu' \(dev\).*mmlu_dev.jsonl"):
@@ -172,7 +172,7 @@ def test_scores_are_those_of_the_harness_own_model_on_the_folder(local: Path, ma
         "arc_challenge",
         "hellaswag",
     }
-    assert SHOTS == {score.task: score.shots for score in own if score.shots}
+    assert {score.task: score.shots for score in own if score.shots} == SHOTS
 
 
 @needs_harness

@@ -186,17 +186,16 @@ def _texts(
     recipe: Recipe, tokenizer: Any, seed: int, suite: Suite, sources: Sequence[str] | None, asked: dict[str, Any]
 ) -> list[EvaluationText]:
     if sources:
-        rows, length = suite.rows or recipe.data.held_out, suite.length or recipe.data.length
-        texts = [evaluation_text(source, tokenizer, rows, length) for source in sources]
+        texts = [evaluation_text(source, tokenizer, suite.rows, suite.length) for source in sources]
     else:
-        texts = [_cut(held_out_text(recipe.data, tokenizer, seed), asked)]
+        texts = [_cut(held_out_text(recipe.data, tokenizer, seed), suite, asked)]
     names = [text.name for text in texts]
     if len(set(names)) < len(names):
         raise LinearizeError(f"--data names texts alike ({', '.join(names)}); give each once, or rename a file.")
     return texts
 
 
-def _cut(own: EvaluationText, asked: dict[str, Any]) -> EvaluationText:
+def _cut(own: EvaluationText, suite: Suite, asked: dict[str, Any]) -> EvaluationText:
     """The run's own held-out rows, fewer and shorter if so asked; more of them would take text that was trained on."""
     for key, most in (("rows", len(own.rows)), ("length", own.rows.length)):
         if (asked.get(key) or 0) > most:
@@ -204,7 +203,7 @@ def _cut(own: EvaluationText, asked: dict[str, Any]) -> EvaluationText:
                 f"--{key} {asked[key]} is more than the run held out ({len(own.rows)} rows of {own.rows.length} "
                 "tokens), and the rest was trained on. Lower it, or give other text with --data."
             )
-    tensors = {name: t[: asked.get("rows"), : asked.get("length")] for name, t in own.rows.tensors().items()}
+    tensors = {name: t[: suite.rows, : suite.length] for name, t in own.rows.tensors().items()}
     return replace(own, rows=PackedRows(**tensors))
 
 

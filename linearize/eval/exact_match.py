@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from linearize.data.readers import read_file
 from linearize.errors import LinearizeError
@@ -47,12 +48,14 @@ class Generated:
         prompts: what the model continues.
         extract: what a continuation answers.
         new_tokens: how many it may write.
+        stop: text that ends an answer.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     extract: Callable[[str], str]
     new_tokens: int
+    stop: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def made_tasks(samples: int, seed: int, shots: int = 2) -> list[Generated]:
             solved = ["{} {}\n\n".format(*make(rng)) for _ in range(shots)]
             question, answer = make(rng)
             prompts.append(Prompt("".join(solved) + question, answer))
-        tasks.append(Generated(name, tuple(prompts), first_line, new_tokens=48))
+        tasks.append(Generated(name, tuple(prompts), first_line, new_tokens=48, stop="\n"))
     return tasks
 
 
@@ -152,7 +155,7 @@ def gsm8k_task(folder: Path, samples: int) -> Generated:
         Prompt(f"{solved}Question: {row['question']}\nAnswer:", last_number(row["answer"]))
         for row in rows[GSM8K_SHOTS:]
     )
-    return Generated("gsm8k", prompts, last_number, new_tokens=256)
+    return Generated("gsm8k", prompts, last_number, new_tokens=256, stop="Question:")
 
 
 def match(model: Any, tokenizer: PreTrainedTokenizerBase, task: Generated, batch: int = 8) -> MatchScore:
@@ -167,16 +170,16 @@ def match(model: Any, tokenizer: PreTrainedTokenizerBase, task: Generated, batch
     written: list[str] = []
     for first in range(0, len(task.prompts), batch):
         texts = [prompt.text for prompt in task.prompts[first : first + batch]]
-        written += continuations(model, tokenizer, texts, task.new_tokens)
+        written += continuations(model, tokenizer, texts, task.new_tokens, task.stop)
     hits = sum(task.extract(text) == prompt.answer for text, prompt in zip(written, task.prompts, strict=True))
     low, high = wilson(hits, len(written))
     return MatchScore(task.name, hits / len(written), low, high, len(written), written[0])
 
 
 def continuations(
-    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_new_tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_new_tokens: int, stop: str
 ) -> list[str]:
-    """Return the greedy continuations of several prompts, written together."""
+    """Return the greedy continuations of several prompts, written together, each up to `stop` or a little beyond."""
     device = next(model.parameters()).device
     ids = [tokenizer.encode(text, verbose=False) for text in texts]
     ids = [row[:-1] if row[-1] == tokenizer.eos_token_id else row for row in ids]
@@ -184,6 +187,11 @@ def continuations(
     longest = max(map(len, ids))
     tokens = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+
+    def ended(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        written = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens[:, longest:]]
+        return torch.tensor([stop in text.lstrip() for text in written], device=tokens.device)
+
     with evaluation_mode(model):
         out = model.generate(
             input_ids=tokens,
@@ -195,5 +203,6 @@ def continuations(
             num_beams=1,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([ended]),
         )
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out[:, longest:]]

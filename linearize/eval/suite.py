@@ -19,8 +19,8 @@ class Suite:
 
     Attributes:
         name: of the suite.
-        rows: rows of each text; None takes the run's own number of held-out rows.
-        length: tokens of such a row; None takes the run's own.
+        rows: rows of each text, at most; the run's own held-out rows are no more than they were.
+        length: tokens of such a row, at most.
         recall: tasks of `linearize.eval.recall`.
         recall_lengths: tokens of a sample.
         samples: of each recall task and length, and of each generation task.
@@ -32,8 +32,8 @@ class Suite:
     """
 
     name: str
-    rows: int | None = None
-    length: int | None = None
+    rows: int
+    length: int
     recall: tuple[str, ...] = ()
     recall_lengths: tuple[int, ...] = ()
     samples: int = 0
@@ -51,7 +51,7 @@ class Suite:
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("quick", recall=("passkey",), recall_lengths=(256, 512), samples=8),
+        Suite("quick", rows=6, length=512, recall=("passkey",), recall_lengths=(256, 512), samples=6),
         Suite(
             "paper",
             rows=128,

@@ -122,9 +122,13 @@ def test_prompts_of_any_length_are_continued_as_if_alone(make_teacher) -> None:
     folder = make_teacher("random", initializer_range=0.3)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = ["a", "some longer text", "ten words"]
-    together = continuations(model, tokenizer, texts, 9)
-    assert together == [continuations(model, tokenizer, [text], 9)[0] for text in texts]
+    together = continuations(model, tokenizer, texts, 9, "zz")
+    assert together == [continuations(model, tokenizer, [text], 9, "zz")[0] for text in texts]
     assert len(set(together)) == 3
+    stop = together[1][2]
+    cut = continuations(model, tokenizer, texts, 9, stop)
+    assert cut[1] == together[1][: together[1].lstrip().index(stop) + 1]
+    assert all(text.startswith(short) for text, short in zip(together, cut, strict=True))
     assert not model.training
     ends = SimpleNamespace(
         pad_token_id=None, eos_token_id=5, encode=lambda text, verbose: [7, 5], decode=lambda ids, **_: ""
@@ -136,5 +140,5 @@ def test_prompts_of_any_length_are_continued_as_if_alone(make_teacher) -> None:
         return input_ids
 
     model.generate = generate
-    continuations(model, ends, ["x"], 2)
+    continuations(model, ends, ["x"], 2, "zz")
     assert seen["ids"] == [[7]]  # an end-of-text token behind the prompt would end the answer before it began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import math
 import time
@@ -98,44 +99,54 @@ def evaluate_folder(
     if against != NONE:
         found.append(_teacher(bench, against or settings["model"], settings, kind, where, tell))
     with _model(path, kind, where) as model:
-        found.append(bench.model(model, names[path], "student", {"folder": str(path), "recipe": recipe.name}, tell))
-        for name in applicable(model):
-            with CONTROLS[name](model):
-                found.append(
-                    bench.model(
-                        model, name, "control", {"of": names[path]}, tell, text_only=name not in ANSWERED, speed=False
-                    )
-                )
+        found += _student(bench, model, names[path], {"folder": str(path), "recipe": recipe.name}, tell)
     for control, name in kept:
         with _model(control, kind, where) as model:
             about = {"folder": str(control), "recipe": name, "trained": True}
             found.append(bench.model(model, names[control], "control", about, tell, speed=False))
-    results = {
-        "model": settings["model"],
-        "recipe": recipe.name,
-        "name": names[path],
-        "suite": chosen.settings(),
-        "texts": [
-            {"name": t.name, "source": t.source, "rows": len(t.rows), "length": t.rows.length, "sha256": t.fingerprint}
-            for t in texts
-        ],
-        "window": recipe.mixer.window.size if recipe.mixer and recipe.mixer.window else None,
-        "trained_length": recipe.data.length,
-        "cache": _cache(path),
-        "models": [one.row() for one in found],
-        "differences": differences(found),
-        "provenance": {
-            **workspace.machine(where.type, ("lm_eval",)),
-            "dtype": str(kind).removeprefix("torch."),
-            "batch_tokens": tokens,
-            "seed": seed,
-            "run": {"seed": settings["seed"], "revision": settings.get("revision")},
-            "seconds": round(time.time() - began, 1),
-        },
-    }
-    results = plain(results)
+    results: dict[str, Any] = plain(
+        {
+            "model": settings["model"],
+            "recipe": recipe.name,
+            "name": names[path],
+            "suite": chosen.settings(),
+            "texts": [text.row() for text in texts],
+            "window": recipe.mixer.window.size if recipe.mixer and recipe.mixer.window else None,
+            "trained_length": recipe.data.length,
+            "cache": _cache(path),
+            "models": [one.row() for one in found],
+            "differences": differences(found),
+            "provenance": {
+                **workspace.machine(where.type, ("lm_eval",)),
+                "dtype": str(kind).removeprefix("torch."),
+                "batch_tokens": tokens,
+                "seed": seed,
+                "run": {"seed": settings["seed"], "revision": settings.get("revision")},
+                "task_data": _fingerprints(answers),
+                "seconds": round(time.time() - began, 1),
+            },
+        }
+    )
     write_report(results, Path(output) if output else path / FOLDER)
     return results
+
+
+def _student(bench: Bench, model: Any, name: str, about: dict[str, Any], tell: Watch) -> list[Measured]:
+    """The student, and the controls that are made from it: answers only where they say what the memory is worth."""
+    found = [bench.model(model, name, "student", about, tell)]
+    for control in applicable(model):
+        with CONTROLS[control](model):
+            text_only = control not in ANSWERED
+            found.append(bench.model(model, control, "control", {"of": name}, tell, text_only=text_only, speed=False))
+    return found
+
+
+def _fingerprints(folder: Path | None) -> dict[str, str]:
+    """The sha256 (hex) of the task files that a folder holds."""
+    if folder is None:
+        return {}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and ".jsonl" in path.suffixes)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _cache(path: Path) -> list[dict[str, Any]]:

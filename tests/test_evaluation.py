@@ -176,7 +176,7 @@ def test_runs_stand_side_by_side(runs, tmp_path, capsys) -> None:
 def test_what_cannot_be_measured_is_refused(words, message, runs, tmp_path, capsys, save_teacher) -> None:
     (tmp_path / "b").mkdir()
     for place in (tmp_path, tmp_path / "b"):
-        (place / "a.txt").write_text("The grass is green. " * 20)
+        (place / "a.txt").write_text("The grass is green. " * 40)
     other = save_teacher(tmp_path / "other") if "{other}" in words else ""
     if other:
         from transformers import AutoTokenizer

@@ -65,13 +65,13 @@ def measure_speed(model: Any, context: int, batch: int, *, new_tokens: int = 32,
         torch.cuda.reset_peak_memory_stats(device)
     try:
         with evaluation_mode(model):
-            times, out = [], None
+            times: list[float] = []
+            cache: Any = None
             for _ in range(repeats + 1):
-                out = None  # the cache before goes first, or two would be held at once
+                cache = None  # the one before goes first, or two would be held at once
                 start = _now(device)
-                out = _prefill(model, ids)
+                cache, token = _prefill(model, ids)
                 times.append(_now(device) - start)
-            cache, token = out
             seconds = _decode(model, cache, token, new_tokens, device)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +45,11 @@ class EvaluationText:
             digest.update(f"{name}{list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def row(self) -> dict[str, Any]:
+        """Return what a report says of the text."""
+        sizes = {"rows": len(self.rows), "length": self.rows.length}
+        return {"name": self.name, "source": self.source, **sizes, "sha256": self.fingerprint}
 
 
 def held_out_text(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> EvaluationText:

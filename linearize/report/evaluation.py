@@ -7,7 +7,7 @@ All take what `eval.json` holds: `models`, each with `name`, `role`, `text`, `re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from linearize.eval.memory import format_bytes
 from linearize.eval.tally import weighted_difference
@@ -17,8 +17,10 @@ TRAINED_CACHE = 8192
 CLEAR = 2.0
 SLIGHT = 0.001
 
+QUALITY = ("perplexity", "× teacher", "KL to teacher", "same top token")
+BEHIND = "loss behind student (nats)"
+
 Models = Sequence[Results]
-Show = Callable[[Results], str]
 
 
 def evaluation_cells(results: Results) -> Cells:
@@ -55,25 +57,14 @@ def compare_cells(evaluations: Sequence[Results]) -> Cells:
 
 def text_cells(results: Results) -> Cells:
     """Return perplexity and divergence alone, one line per model and text."""
-    rows = []
     lost = {entry["name"]: entry["text"] for entry in results["differences"]}
-    teacher = next((model["text"] for model in results["models"] if model["role"] == "teacher"), {})
-    for text in _keys(results["models"], "text"):
-        base = teacher.get(text, {}).get("loss")
-        for model in results["models"]:
-            rows.append(
-                [
-                    model["name"],
-                    text,
-                    _text(model, text, "loss", lambda v: number(_exp(v))),
-                    ABSENT if base is None else _text(model, text, "loss", lambda v, base=base: number(_exp(v - base))),
-                    _text(model, text, "kl", small),
-                    _text(model, text, "top1", _percent),
-                    gap(lost.get(model["name"], {}).get(text)),
-                ]
-            )
-    header = ["", "text", "perplexity", "× teacher", "KL to teacher", "same top token", "loss behind student (nats)"]
-    return Cells(header, rows)
+    teacher = _teacher_text(results["models"])
+    rows = [
+        [model["name"], text, *_quality(model, text, teacher), gap(lost.get(model["name"], {}).get(text))]
+        for text in _keys(results["models"], "text")
+        for model in results["models"]
+    ]
+    return Cells(["", "text", *QUALITY, BEHIND], rows)
 
 
 def answer_cells(results: Results) -> Cells:
@@ -92,30 +83,18 @@ def model_cells(models: Models, differences: Sequence[Results] = ()) -> Cells:
         differences: entries of `differences`, for the rows of what controls lose.
     """
     rows: list[list[str]] = []
-
-    def add(label: str, show: Show) -> None:
-        cells = [show(model) for model in models]
-        if any(cell != ABSENT for cell in cells):
-            rows.append([label, *cells])
-
-    teacher = next((model for model in models if model["role"] == "teacher"), None)
+    teacher = _teacher_text(models)
     for text in _keys(models, "text"):
-        add(f"{text}: perplexity", lambda model, text=text: _text(model, text, "loss", lambda v: number(_exp(v))))
-        if teacher is not None and text in teacher["text"]:
-            base = teacher["text"][text]["loss"]
-            add(
-                f"{text}: × teacher",
-                lambda model, text=text, base=base: _text(model, text, "loss", lambda v: number(_exp(v - base))),
-            )
-        add(f"{text}: KL to teacher", lambda model, text=text: _text(model, text, "kl", small))
-        add(f"{text}: same top token", lambda model, text=text: _text(model, text, "top1", _percent))
+        measured = [_quality(model, text, teacher) for model in models]
+        rows += [
+            [f"{text}: {title}", *cells] for title, cells in zip(QUALITY, zip(*measured, strict=True), strict=True)
+        ]
         lost = {entry["name"]: entry["text"].get(text) for entry in differences}
-        add(f"{text}: loss behind student (nats)", lambda model, lost=lost: gap(lost.get(model["name"])))
-    for part, key in (("recall", recall_name), ("generation", _task), ("zero_shot", _task)):
-        for name in dict.fromkeys(key(row) for model in models for row in model.get(part, ())):
-            shown = f"{name} (acc norm)" if _is_norm(models, part, name) else name
-            add(shown, lambda model, part=part, name=name, key=key: _score(model.get(part, ()), key, name))
-    return Cells(["", *(model["name"] for model in models)], rows)
+        rows.append([f"{text}: {BEHIND}", *(gap(lost.get(model["name"])) for model in models)])
+    for part in ("recall", "generation", "zero_shot"):
+        for name, title in _measures(models, part).items():
+            rows.append([title, *(_score(model.get(part, ()), name) for model in models)])
+    return Cells(["", *(model["name"] for model in models)], [row for row in rows if set(row[1:]) != {ABSENT}])
 
 
 def speed_cells(results: Results) -> Cells:
@@ -165,7 +144,7 @@ def verdicts(results: Results) -> list[str]:
             found += [f"Memory: {_sentence(text, value)}" for text, value in entry["text"].items()]
             found += _moved(entry["answers"])
     for entry in entries:
-        model = next((one for one in results["models"] if one["name"] == entry["name"]), {})
+        model: Results = next((one for one in results["models"] if one["name"] == entry["name"]), {})
         if model.get("trained"):
             for text, value in entry["text"].items():
                 word = "ahead of" if value["nats"] is not None and value["nats"] > 0 else "behind"
@@ -270,23 +249,37 @@ def _keys(models: Models, part: str) -> list[str]:
     return list(dict.fromkeys(key for model in models for key in model.get(part, {})))
 
 
-def _text(model: Results, text: str, key: str, show: Callable[[float], str]) -> str:
-    value = model["text"].get(text, {}).get(key)
-    return ABSENT if value is None else show(value)
+def _teacher_text(models: Models) -> Results:
+    found: Results = next((model["text"] for model in models if model["role"] == "teacher"), {})
+    return found
 
 
-def _task(row: Results) -> str:
-    return str(row["task"])
+def _quality(model: Results, text: str, teacher: Results) -> list[str]:
+    """A model's cells under `QUALITY`."""
+    own = model["text"].get(text)
+    if own is None:
+        return [ABSENT] * len(QUALITY)
+    loss, base = own["loss"], teacher.get(text, {}).get("loss")
+    return [
+        ABSENT if loss is None else number(_exp(loss)),
+        ABSENT if loss is None or base is None else number(_exp(loss - base)),
+        ABSENT if own.get("kl") is None else small(own["kl"]),
+        ABSENT if own.get("top1") is None else _percent(own["top1"]),
+    ]
 
 
-def _is_norm(models: Models, part: str, name: str) -> bool:
-    return any(
-        row.get("metric") == "acc_norm" and row["task"] == name for model in models for row in model.get(part, ())
-    )
+def _measures(models: Models, part: str) -> dict[str, str]:
+    """What some model has in a part, by name, and how tables name it."""
+    rows = [row for model in models for row in model.get(part, ())]
+    return {_name(row): _name(row) + (" (acc norm)" if row.get("metric") == "acc_norm" else "") for row in rows}
 
 
-def _score(rows: Sequence[Results], key: Callable[[Results], str], name: str) -> str:
-    row = next((row for row in rows if key(row) == name), None)
+def _name(row: Results) -> str:
+    return recall_name(row) if "length" in row else str(row["task"])
+
+
+def _score(rows: Sequence[Results], name: str) -> str:
+    row = next((row for row in rows if _name(row) == name), None)
     if row is None:
         return ABSENT
     if "score" in row:

@@ -80,7 +80,7 @@ def recall_figure(results: Results) -> Figure | None:
     width = 1.6 + len(tasks) * max(1.5, 0.55 * len(lengths))
     figure = Figure(figsize=(max(6.4, width), 0.9 + 1.7 * len(models)), layout="constrained", facecolor="none")
     grid = figure.subplots(len(models), len(tasks), squeeze=False, sharex=True, sharey=True)
-    image = None
+    image: Any = None
     for row, model in enumerate(models):
         for column, task in enumerate(tasks):
             axes: Axes = grid[row][column]

@@ -15,6 +15,7 @@ from linearize.eval.memory import format_bytes
 from linearize.report.figures import FIGURES, STUDENT, TEACHER, log_axis, panels
 from linearize.report.table import Results
 
+OFF_SCALE = 4.0
 CONTROL_COLOURS = ("#d1495b", "#edae49", "#66a182", "#8d6a9f", "#3b3b3b", "#b86f52")
 
 
@@ -38,9 +39,15 @@ def perplexity_figure(results: Results) -> Figure | None:
     figure, panel = panels(len(texts), 4.0)
     for text, axes in zip(texts, panel, strict=True):
         values: list[float] = []
+        main_values = [v for model in models if model["role"] != "control" for v in curve_of(model, text)]
+        ceiling = OFF_SCALE * max(main_values, default=math.inf)
         for model in models:
-            spans = model["text"].get(text, {}).get("by_position", ())
-            curve = [math.exp(min(span["loss"], 100)) for span in spans]
+            spans, curve = model["text"].get(text, {}).get("by_position", ()), curve_of(model, text)
+            if curve and min(curve) > ceiling:  # a ruined control would flatten what is to be compared
+                axes.plot(
+                    [], [], color=colours[model["name"]], linestyle="--", label=f"{model['name']} (off the scale)"
+                )
+                continue
             values += curve
             main = model["role"] != "control"
             axes.plot(
@@ -65,6 +72,11 @@ def perplexity_figure(results: Results) -> Figure | None:
         axes.set_title(f"Perplexity by position: {text}")
     figure.legend(*panel[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def curve_of(model: Results, text: str) -> list[float]:
+    """Return a model's perplexities by position."""
+    return [math.exp(min(span["loss"], 100)) for span in model["text"].get(text, {}).get("by_position", ())]
 
 
 def recall_figure(results: Results) -> Figure | None:

@@ -134,6 +134,15 @@ def test_figures_show_every_model_that_has_something_to_show(evaluation, kind) -
     assert draw_png(kind, evaluation) is None
 
 
+def test_a_ruined_control_does_not_flatten_the_others(evaluation) -> None:
+    for part in evaluation["models"][2]["text"]["book"]["by_position"]:
+        part["loss"] = 10.0
+    svg = draw_svg("perplexity", evaluation)
+    assert "memory zeroed (off the scale)" in svg
+    assert "mine (off the scale)" not in svg
+    assert ">10000<" not in svg
+
+
 def test_the_heat_map_has_a_hole_where_nothing_was_measured(evaluation) -> None:
     student = evaluation["models"][1]
     student["recall"][1]["by_depth"].pop(2)

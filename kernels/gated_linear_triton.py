@@ -75,7 +75,7 @@ def _sums(m, gate, GDT: tl.constexpr):
 
     GDT is the dtype of the product, or "split": fp32 gates in two halves of bf16, right to about 2**-17.
     """
-    if GDT == "split":  # noqa: SIM300
+    if GDT == "split":
         high = gate.to(tl.bfloat16)
         low = (gate - high.to(tl.float32)).to(tl.bfloat16)
         return tl.dot(m.to(tl.bfloat16), low, tl.dot(m.to(tl.bfloat16), high))
@@ -85,7 +85,7 @@ def _sums(m, gate, GDT: tl.constexpr):
 @triton.jit
 def _sums_T(gate_T, m_T, GDT: tl.constexpr):
     """The same for gates [BK, C]: the transpose of an accumulator must not reach a dot, so it is computed anew."""
-    if GDT == "split":  # noqa: SIM300
+    if GDT == "split":
         high = gate_T.to(tl.bfloat16)
         low = (gate_T - high.to(tl.float32)).to(tl.bfloat16)
         return tl.dot(low, m_T.to(tl.bfloat16), tl.dot(high, m_T.to(tl.bfloat16)))

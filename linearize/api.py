@@ -16,7 +16,7 @@ import torch
 
 from linearize import workspace, yaml_io
 from linearize.checkpoint import write_text
-from linearize.data import Corpus, build_corpus, build_preferences, evaluation_rows
+from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
@@ -94,12 +94,12 @@ def prepare_job(
 ) -> Job:
     """Resolve and check everything that can be checked without loading weights; see `linearize` for the arguments."""
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
-    where = _device(device)
+    where = check_device(device)
     _check_backend()
     for stage in chosen.stages:
         if isinstance(stage, Distill) and stage.teacher_device is not None:
-            _device(stage.teacher_device, "`teacher_device`")
-    kind = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+            check_device(stage.teacher_device, "`teacher_device`")
+    kind = check_dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
     plan = make_plan(chosen, config, model=source.name, dtype=kind)
@@ -492,7 +492,12 @@ def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
     return tell
 
 
-def _device(name: str | None, setting: str = "--device") -> torch.device:
+def check_device(name: str | None, setting: str = "--device") -> torch.device:
+    """Return the device that a setting names; the first GPU by default, else the CPU.
+
+    Raises:
+        LinearizeError: there is no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -512,58 +517,16 @@ def _check_backend() -> None:
         raise UnknownNameError("backend", name, BACKENDS, "LINEARIZE_BACKEND")
 
 
-def _dtype(name: str) -> torch.dtype:
+def check_dtype(name: str) -> torch.dtype:
+    """Return the dtype that `--dtype` names.
+
+    Raises:
+        LinearizeError: it is none of the three.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise UnknownNameError("dtype", name, known, "--dtype")
     return known[name]
-
-
-def evaluate_folder(
-    folder: str | Path,
-    *,
-    against: str | None = None,
-    data: str | None = None,
-    rows: int | None = None,
-    length: int | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure a finished folder on held-out text.
-
-    Args:
-        folder: what `linearize` wrote.
-        against: the teacher, as for `--model`; adds its row and the divergence from it. None leaves both out.
-        data: source of the text; the run's own held-out documents by default.
-        rows: how many rows; the run's own number by default.
-        length: tokens a row; the run's own by default. Beyond the teacher's context rows are marked.
-        device: where to run; the first GPU by default, else the CPU.
-
-    Returns:
-        `results` with the rows measured.
-    """
-    from transformers import AutoTokenizer
-
-    path = workspace.checkpoint_folder(folder)
-    settings = workspace.locked_settings(path)
-    recipe = Recipe.parse(settings["recipe"], str(path / workspace.LOCK))
-    changes = {"source": data, "format": "auto" if data else None, "held_out": rows, "length": length}
-    spec = recipe.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if data is None:
-        held_out = build_corpus(spec, tokenizer, train_tokens=spec.length, seed=settings["seed"]).held_out
-    else:
-        held_out = evaluation_rows(spec, tokenizer)
-    where = _device(device)
-    measured = []
-    reference = None
-    if against is not None:
-        teacher, _, _ = load_teacher(resolve(against), torch.float32, where)
-        reference = TeacherReference(teacher, held_out)
-        measured.append(reference.quality.row("teacher"))
-        del teacher
-    model = load(path, dtype=torch.float32).to(where).eval()
-    measured.append(evaluate(model, held_out, reference).row(path.name))
-    return {"model": settings["model"], "recipe": recipe.name, "rows": measured}
 
 
 def generate_text(
@@ -580,7 +543,7 @@ def generate_text(
 
     path = workspace.checkpoint_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    where = _device(device)
+    where = check_device(device)
     model = load(path, dtype="auto").to(where).eval()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = tokenizer(prompt, return_tensors="pt").to(where)

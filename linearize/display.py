@@ -14,7 +14,15 @@ from rich.table import Table
 
 from linearize.head_scores import ProbeScores
 from linearize.recipe import Measure
-from linearize.report import cache_cells, quality_cells, rich_table
+from linearize.report import (
+    answer_cells,
+    cache_cells,
+    quality_cells,
+    rich_table,
+    speed_cells,
+    text_cells,
+    verdicts,
+)
 from linearize.report.table import number, small
 
 
@@ -134,6 +142,29 @@ def show_results(results: dict[str, Any], output: Path, console: Console | None 
         if who in samples:
             console.print(f"[bold]{who}[/bold]: {escape(samples.get('prompt', ''))}[dim]{escape(samples[who])}[/dim]")
     console.print(f"Checkpoint: {escape(str(output))}   report: {escape(str(output / 'report.html'))}")
+
+
+def show_evaluation(results: dict[str, Any], output: Path, console: Console | None = None) -> None:
+    """Print an evaluation: its table, speed where it was measured, and what the memory is worth.
+
+    Args:
+        results: as in `eval.json`.
+        output: where it lies.
+        console: where to; the terminal by default.
+    """
+    console = console or terminal()
+    title = f"{results['name']}: {results['model']}, recipe {results['recipe']}, suite {results['suite']['name']}"
+    console.print(rich_table(text_cells(results), escape(title)))
+    parts = {
+        "Per cent right: recall and generation with 95 % intervals, tasks with standard errors": answer_cells(results),
+        "Speed and memory": speed_cells(results),
+    }
+    for name, cells in parts.items():
+        if cells.rows:
+            console.print(rich_table(cells, name))
+    for sentence in verdicts(results):
+        console.print(escape(sentence))
+    console.print(f"Report: {escape(str(output / 'eval.md'))}")
 
 
 def _row_words(row: dict[str, Any]) -> str:

@@ -78,6 +78,12 @@ def make_teacher(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def save_teacher() -> Callable[..., Path]:
+    """`write_teacher`, for fixtures that outlive a test: `save_teacher(folder, initializer_range=0.3)`."""
+    return write_teacher
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for teachers."""

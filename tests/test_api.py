@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.api import evaluate_folder, generate_text, linearize, load, plan
+from linearize.api import generate_text, linearize, load, plan
 from linearize.errors import LinearizeError
 from linearize.eval import kv_cache_bytes
+from linearize.evaluation import evaluate_folder
 from linearize.recipe import Recipe
 
 FILES = {
@@ -289,10 +290,11 @@ def test_the_softmax_control_is_a_plain_checkpoint(teacher, tmp_path) -> None:
 
 def test_evaluate_and_generate_a_finished_folder(teacher, tmp_path) -> None:
     result = linearize(teacher, "liger", tmp_path / "out", **small())
-    measured = evaluate_folder(result.output, against=teacher)["rows"]
-    assert [row["name"] for row in measured] == ["teacher", "out"]
-    assert measured[1]["perplexity"] == pytest.approx(result.results["rows"][-1]["perplexity"], rel=1e-5)
-    assert measured[1]["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)
+    models = evaluate_folder(result.output, against=teacher, recall="none", samples=1)["models"]
+    assert [model["name"] for model in models][:3] == ["teacher", "out", "memory zeroed"]
+    measured = models[1]["text"]["held-out"]
+    assert measured["perplexity"] == pytest.approx(result.results["rows"][-1]["perplexity"], rel=1e-5)
+    assert measured["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)
     text = "".join(generate_text(result.output, "abc", max_new_tokens=5))
     assert isinstance(text, str)
     with pytest.raises(LinearizeError, match="no token"):

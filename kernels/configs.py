@@ -25,9 +25,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The launches of `gated_linear_attention`, forward and backward."""
+    """The launches of `gated_linear_attention`, forward and backward; the walks over chunks are cut into `segments`."""
 
     chunk: int
+    segments: int
     states: Tile
     outputs: Tile
     state_grads: Tile
@@ -39,8 +40,14 @@ def _power(x: int) -> int:
     return max(16, 1 << (x - 1).bit_length())
 
 
+FULL = 256  # programs that fill a GPU while they walk over chunks
+SHORTEST = 8  # chunks of a segment of such a walk
+
+
 @cache
-def gated_linear_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int) -> Tiles | None:
+def gated_linear_tiles(
+    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int
+) -> Tiles | None:
     """Return the tiles for one shape, or None where no kernel serves it.
 
     Args:
@@ -49,18 +56,24 @@ def gated_linear_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: 
         value_dim: V.
         pairs: B * G, the number of states.
         repeat: R.
+        tokens: T.
     """
     key, value = _power(key_dim), _power(value_dim)
     wide = max(key, value)
     if wide > 256 or (wide > 128 and dtype != torch.bfloat16):
         return None
     half = dtype == torch.bfloat16
-    wide_enough = pairs * (key // min(key, 32)) * (value // min(value, 64)) >= 100
+    chunk = 64 if half else 32
+    programs, segments = pairs * (key // min(key, 32)) * (value // min(value, 64)), 1
+    while programs * segments < FULL and tokens >= 2 * segments * SHORTEST * chunk:
+        segments *= 2
+    wide_enough = programs * segments >= 100
     state = (min(32, key), min(64 if wide_enough else 32, value))
     grad = state
     if not half:
         return Tiles(
-            chunk=32,
+            chunk=chunk,
+            segments=segments,
             states=Tile(*state, stages=2),
             outputs=Tile(key, min(value, 64), stages=1),
             state_grads=Tile(*grad, stages=1),
@@ -69,12 +82,70 @@ def gated_linear_tiles(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: 
         )
     columns = min(value, 128 if wide <= 128 else 64)
     return Tiles(
-        chunk=64,
+        chunk=chunk,
+        segments=segments,
         states=Tile(*state, stages=3),
         outputs=Tile(key, columns, warps=4 if wide <= 128 else 8, stages=1),
         state_grads=Tile(*grad, stages=2 if repeat * sum(grad) <= 512 else 1),
         value_grads=Tile(key, columns, warps=4 if wide <= 128 else 8, stages=1),
         key_grads=Tile(min(key, 64), value, stages=1),
+    )
+
+
+@dataclass(frozen=True)
+class DeltaTiles:
+    """The launches of `gated_delta_rule`, forward and backward; in the first, the block of value dims is a loop's."""
+
+    chunk: int
+    solve: Tile
+    states: Tile
+    outputs: Tile
+    value_grads: Tile
+    state_grads: Tile
+    key_grads: Tile
+    segments: int = 1  # its walk cannot be cut: what a chunk does to the state is a full matrix
+
+
+@cache
+def delta_tiles(
+    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int
+) -> DeltaTiles | None:
+    """Return the tiles for one shape, or None where no kernel serves it.
+
+    Args:
+        dtype: of q, k, v.
+        key_dim: K.
+        value_dim: V.
+        pairs: B * G, the number of states.
+        repeat: R.
+        tokens: T.
+    """
+    shared = gated_linear_tiles(dtype, key_dim, value_dim, pairs, repeat, tokens)
+    if shared is None:
+        return None
+    key, value = _power(key_dim), _power(value_dim)
+    columns = min(value, 32 if key <= 128 and pairs * (value // 32) >= 100 else 16)
+    if dtype != torch.bfloat16:
+        # wgmma, which needs 4 warps, would take accumulators transposed in tf32
+        walk = Tile(key, 16, warps=2, stages=1)
+        return DeltaTiles(
+            chunk=shared.chunk,
+            solve=Tile(key, min(value, 64), stages=1),
+            states=walk,
+            outputs=shared.outputs,
+            value_grads=Tile(key, min(value, 32), stages=1),
+            state_grads=walk,
+            key_grads=shared.key_grads,
+        )
+    return DeltaTiles(
+        chunk=shared.chunk,
+        # At least 64 wide: with 32 columns of values Triton 3.6 gave wrong u on Hopper.
+        solve=Tile(max(key, 64), 64, warps=4 if key <= 128 else 8, stages=1),
+        states=Tile(key, columns, stages=2),
+        outputs=shared.outputs,
+        value_grads=Tile(key, min(value, 64), warps=4 if key <= 128 else 8, stages=1),
+        state_grads=Tile(key, columns, stages=2),
+        key_grads=shared.key_grads,
     )
 
 

@@ -21,7 +21,7 @@ from linearize.kernels.gated_linear import (
     _check_shapes,
     _scores,
     _sum_after,
-    starts_from_cu_seqlens,
+    starts_of,
 )
 
 L2_EPS = 1e-6
@@ -65,13 +65,18 @@ def gated_delta_rule(
     _check_shapes(q, k, v, log_decay)
     if beta.shape != k.shape[:3]:
         raise ValueError(f"beta has shape {tuple(beta.shape)}; expected {tuple(k.shape[:3])}.")
-    if cu_seqlens is not None:
-        if starts is not None or q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {q.shape[0]}.")
-        starts = starts_from_cu_seqlens(cu_seqlens, q.shape[1])
+    starts = starts_of(starts, cu_seqlens, q)
+    backend = select("delta", q)
+    if backend == "triton":
+        from linearize.kernels.delta_triton import gated_delta_triton, supported
+
+        if supported(q.dtype, q.shape[-1], v.shape[-1]):
+            eps = L2_EPS if l2norm else 0.0
+            o, state = gated_delta_triton(q, k, v, beta, log_decay, scale, starts, initial_state, eps)
+            return LinearOutput(o, None, state, None)
     if l2norm:
         q, k = _unit(q), _unit(k)
-    if select("delta", q) == "reference":
+    if backend == "reference":
         from linearize.kernels.reference import gated_delta_reference
 
         o, state = gated_delta_reference(
@@ -107,6 +112,10 @@ def gated_delta_step(
     Returns:
         o [B, H, V] in v's dtype.
     """
+    if select("step", q) == "triton":
+        from linearize.kernels.step_triton import gated_delta_step_triton
+
+        return gated_delta_step_triton(q, k, v, beta, log_decay, state, scale, L2_EPS if l2norm else 0.0)
     batch, heads, key_dim = q.shape
     groups = k.shape[1]
     if l2norm:
@@ -119,6 +128,102 @@ def gated_delta_step(
     state.add_(key.transpose(-1, -2) * write)
     rows = q.float().view(batch, groups, heads // groups, key_dim) * scale
     out: Tensor = (rows @ state).view(batch, heads, -1).to(v.dtype)
+    return out
+
+
+def delta_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    l2norm: bool = False,
+) -> LinearOutput:
+    """DeltaProduct: n steps of the delta rule a token, so n Householder factors a transition (arXiv:2502.10297, eq. 3).
+
+    A token's state decays once, before its first step, and is read after its last.
+
+    Args:
+        q: queries [B, T, H, K].
+        k: keys [B, T, n, G, K], H a multiple of G.
+        v: values [B, T, n, G, V].
+        beta: write strengths [B, T, n, G], in [0, 1], or [0, 2] for reflections.
+        log_decay: None, [G], [B, T, G] or [B, T, G, K].
+        scale: factor on the outputs.
+        starts: int [B, T], as in `gated_delta_rule`.
+        cu_seqlens: cumulative document lengths [N + 1] in tokens as the alternative to `starts` where B is 1.
+        initial_state: [B, G, K, V] in fp32.
+        l2norm: scale q and k to unit length first.
+
+    Returns:
+        As `gated_delta_rule`.
+
+    Raises:
+        ValueError: shapes do not fit together.
+    """
+    if k.dim() != 5 or k.shape[2] == 0 or beta.shape != k.shape[:-1] or v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"k {tuple(k.shape)}, v {tuple(v.shape)}, beta {tuple(beta.shape)} do not fit: expected k [B, T, n, G, K], "
+            "v [B, T, n, G, V] and beta [B, T, n, G], n at least 1."
+        )
+    batch, length, steps, groups, _ = k.shape
+    if q.shape[:2] != (batch, length):
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected {batch} rows of {length} tokens, as k.")
+    starts = starts_of(starts, cu_seqlens, q)
+    if log_decay is not None:
+        if log_decay.dim() == 1:
+            log_decay = log_decay.expand(batch, length, groups)
+        log_decay = F.pad(log_decay[:, :, None], (0, 0) * (log_decay.dim() - 2) + (0, steps - 1)).flatten(1, 2)
+    if starts is not None:
+        starts = torch.where(starts < 0, starts, starts * steps).repeat_interleave(steps, 1)
+    out = gated_delta_rule(
+        F.pad(q[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2),
+        k.flatten(1, 2),
+        v.flatten(1, 2),
+        beta.flatten(1, 2),
+        log_decay,
+        scale=scale,
+        starts=starts,
+        initial_state=initial_state,
+        l2norm=l2norm,
+    )
+    return out._replace(o=out.o[:, steps - 1 :: steps])
+
+
+def delta_product_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float = 1.0,
+    l2norm: bool = False,
+) -> Tensor:
+    """One token of `delta_product`, in n steps; `state` is updated in place.
+
+    Args:
+        q: [B, H, K].
+        k: [B, n, G, K].
+        v: [B, n, G, V].
+        beta: [B, n, G].
+        log_decay: None, [G], [B, G] or [B, G, K].
+        state: [B, G, K, V] in fp32.
+        scale: factor on the output.
+        l2norm: scale q and k to unit length first.
+
+    Returns:
+        o [B, H, V] in v's dtype.
+    """
+    for step in range(k.shape[1]):
+        decay = log_decay if step == 0 else None
+        out = gated_delta_step(q, k[:, step], v[:, step], beta[:, step], decay, state, scale=scale, l2norm=l2norm)
     return out
 
 

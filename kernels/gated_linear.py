@@ -41,6 +41,19 @@ def starts_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
     return cu_seqlens[document.clamp(max=cu_seqlens.numel() - 2)].long()[None]
 
 
+def starts_of(starts: Tensor | None, cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
+    """`starts` as given, or those of `cu_seqlens`; queries [B, T, ...].
+
+    Raises:
+        ValueError: both are given, or `cu_seqlens` with a batch.
+    """
+    if cu_seqlens is None:
+        return starts
+    if starts is not None or q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {q.shape[0]}.")
+    return starts_from_cu_seqlens(cu_seqlens, q.shape[1])
+
+
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -78,10 +91,7 @@ def gated_linear_attention(
         ValueError: shapes do not fit together.
     """
     _check_shapes(q, k, v, log_decay)
-    if cu_seqlens is not None:
-        if starts is not None or q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {q.shape[0]}.")
-        starts = starts_from_cu_seqlens(cu_seqlens, q.shape[1])
+    starts = starts_of(starts, cu_seqlens, q)
     backend = select("gated_linear", q)
     if backend == "triton":
         from linearize.kernels.gated_linear_triton import gated_linear_triton, supported

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from linearize.kernels.backend import select
-from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
-from linearize.kernels.window import window_attention, window_step
+from linearize.kernels.delta import gated_delta_step
+from linearize.kernels.gated_linear import _check_shapes, gated_linear_attention, gated_linear_step, starts_of
+from linearize.kernels.window import check_window, window_attention, window_step
 
 
 class HybridOutput(NamedTuple):
@@ -54,6 +55,7 @@ def hybrid_attention(
     memory_scale: float = 1.0,
     with_normalizer: bool = False,
     starts: Tensor | None = None,
+    memory_starts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: Tensor | None = None,
     initial_norm: Tensor | None = None,
@@ -74,6 +76,7 @@ def hybrid_attention(
         memory_scale: factor on the memory's outputs and normalizer.
         with_normalizer: also return the memory's normalizer.
         starts: int [B, T], first visible token of each token, as in `gated_linear_attention`.
+        memory_starts: the same for the memory where it differs, as where the memory lags behind the window.
         cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
         initial_state: [B, G, K', V] in fp32.
         initial_norm: [B, G, K'] in fp32.
@@ -84,20 +87,37 @@ def hybrid_attention(
     Raises:
         ValueError: shapes do not fit together.
     """
+    keys = k if memory_k is None else memory_k
+    same_dtype = all(x is None or x.dtype == q.dtype for x in (k, v, memory_q, memory_k, memory_v))
+    if select("hybrid", q) == "triton" and same_dtype:
+        from linearize.kernels.hybrid_triton import hybrid_triton, supported
+
+        if supported(q.dtype, keys.shape[-1], v.shape[-1]):
+            check_window(q, k, v, window)
+            _check_shapes(q if memory_q is None else memory_q, keys, v if memory_v is None else memory_v, log_decay)
+            if cu_seqlens is not None:
+                starts = starts_of(starts, cu_seqlens, q)
+            results = hybrid_triton(
+                q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
+                window, sinks, q.shape[-1] ** -0.5 if scale is None else scale, memory_scale, with_normalizer,
+            )  # fmt: skip
+            return HybridOutput(*results)
     near = window_attention(q, k, v, window=window, sinks=sinks, scale=scale, starts=starts, cu_seqlens=cu_seqlens)
-    far = gated_linear_attention(
+    far_out = gated_linear_attention(
         q if memory_q is None else memory_q,
-        k if memory_k is None else memory_k,
+        keys,
         v if memory_v is None else memory_v,
         log_decay,
         scale=memory_scale,
         with_normalizer=with_normalizer,
-        starts=starts,
-        cu_seqlens=cu_seqlens,
+        starts=starts if memory_starts is None else memory_starts,
+        cu_seqlens=cu_seqlens if memory_starts is None else None,
         initial_state=initial_state,
         initial_norm=initial_norm,
     )
-    return HybridOutput(near.o, near.lse, near.row_max, far.o, far.normalizer, far.state, far.state_norm)
+    return HybridOutput(
+        near.o, near.lse, near.row_max, far_out.o, far_out.normalizer, far_out.state, far_out.state_norm
+    )
 
 
 def hybrid_step(
@@ -110,6 +130,7 @@ def hybrid_step(
     v_ring: Tensor,
     length: Tensor,
     *,
+    beta: Tensor | None = None,
     state_norm: Tensor | None = None,
     sink_k: Tensor | None = None,
     sink_v: Tensor | None = None,
@@ -133,6 +154,8 @@ def hybrid_step(
         k_ring: last W keys [B, W, G, K].
         v_ring: last W values [B, W, G, V].
         length: int64 [B], tokens of the row before this one.
+        beta: [B, G], write strength: the memory then follows the gated delta rule (and has no norm), with memory_k of
+            length 1.
         state_norm: [B, G, K'] in fp32, contiguous, or None.
         sink_k: first S keys [B, S, G, K], or None.
         sink_v: [B, S, G, V], or None.
@@ -148,13 +171,14 @@ def hybrid_step(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     memory_q, memory_k = q if memory_q is None else memory_q, k if memory_k is None else memory_k
     memory_v = v if memory_v is None else memory_v
-    same_dims = memory_q.shape[-1] == q.shape[-1]
-    if select("step", q) == "triton" and same_dims:
+    if beta is not None and state_norm is not None:
+        raise ValueError("the delta rule has no normalizer: give `beta` or `state_norm`, not both.")
+    if select("step", q) == "triton" and memory_k.shape[1] == k.shape[1]:
         from linearize.kernels.step_triton import hybrid_step_triton
 
         near_o, lse, row_max, o, sums = hybrid_step_triton(
-            q, k, v, k_ring, v_ring, sink_k, sink_v, length, memory_q, memory_k, memory_v, log_decay, state, state_norm,
-            scale, memory_scale,
+            q, k, v, k_ring, v_ring, sink_k, sink_v, length, memory_q, memory_k, memory_v, log_decay, beta, state,
+            state_norm, scale, memory_scale,
         )  # fmt: skip
         return HybridOutput(near_o, lse, row_max, o, sums, state, state_norm)
     _write(k_ring, k, length % k_ring.shape[1])
@@ -166,6 +190,9 @@ def hybrid_step(
         _write(sink_k, k.where(fills, _read(sink_k, slot)), slot)
         _write(sink_v, v.where(fills, _read(sink_v, slot)), slot)
     near = window_step(q, k_ring, v_ring, sink_k, sink_v, length, scale=scale)
+    if beta is not None:
+        o = gated_delta_step(memory_q, memory_k, memory_v, beta, log_decay, state, scale=memory_scale)
+        return HybridOutput(near.o, near.lse, near.row_max, o, None, state, None)
     o, sums = gated_linear_step(memory_q, memory_k, memory_v, log_decay, state, state_norm, scale=memory_scale)
     return HybridOutput(near.o, near.lse, near.row_max, o, sums, state, state_norm)
 

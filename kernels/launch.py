@@ -51,9 +51,10 @@ class Launch:
         return dict(zip(names, self.values(), strict=True)) | {"num_warps": self.warps, "num_stages": self.stages}
 
     def compile(self) -> None:
-        """Compile without launching."""
+        """Compile without launching, the launcher included (C code that Triton would build at the first launch)."""
         with torch.cuda.device(next(x.device for x in self.args if isinstance(x, Tensor))):
-            self.kernel.warmup(*self.args, grid=self.grid, **self.options())
+            compiled = self.kernel.warmup(*self.args, grid=self.grid, **self.options())
+            assert compiled.run is not None
 
 
 def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
@@ -63,12 +64,19 @@ def layout(*tensors: Tensor | None) -> tuple[Hashable, ...]:
     )
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x with unit stride in its last dim; a copy only where that is not so already."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def run(launches: Sequence[Launch], key: Hashable) -> None:
     """Launch in order on the current stream; `key` names the call: see `layout`."""
     plan = _plans.get(key)
     if plan is not None:
+        device = next(x for x in launches[0].args if isinstance(x, Tensor)).device
+        stream = torch.cuda.current_stream(device).cuda_stream
         for launch, (compiled, values) in zip(launches, plan, strict=True):
-            compiled[launch.grid](*launch.args, *values)
+            compiled[launch.grid](*launch.args, *values, stream=stream)
         return
     built = [launch.kernel[launch.grid](*launch.args, **launch.options()) for launch in launches]
     if all(hasattr(compiled, "packed_metadata") for compiled in built):  # not so in the interpreter

@@ -207,3 +207,47 @@ def gated_delta_reference(
         state = state + key.transpose(-1, -2) * (write[..., None, None] * (v[:, t, :, None] - key @ state))
         outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state.repeat_interleave(heads // groups, 1)))
     return torch.stack(outputs, 1), state
+
+
+def selective_scan_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    *,
+    starts: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-1's selective scan by its recurrence, `s_tvn = exp(-dt_tv rate_vn) s_(t-1)vn + dt_tv v_tv k_tn`.
+
+    Args:
+        q: [B, T, H, K].
+        k: [B, T, G, K].
+        v: [B, T, G, V].
+        dt: [B, T, G, V].
+        rate: [G, V, N]; channel v reads entries `N * (v * K // (N * V))` and on of q and k.
+        starts: [B, T], first visible token of each token, as in `gated_linear_reference`.
+        initial_state: [B, G, V, N].
+
+    Returns:
+        o [B, T, H, V] and state [B, G, V, N], fp64.
+    """
+    q, k, v, dt, rate = q.double(), k.double(), v.double(), dt.double(), rate.double()
+    batch, length, heads, key_dim = q.shape
+    groups, value_dim, size = rate.shape
+    block = torch.arange(value_dim, device=q.device) * (key_dim // size) // value_dim
+    entry = block[:, None] * size + torch.arange(size, device=q.device)  # [V, N]
+    state = q.new_zeros(batch, groups, value_dim, size) if initial_state is None else initial_state.double()
+    outputs = []
+    previous = q.new_full((batch,), -1)
+    for t in range(length):
+        step = dt[:, t, ..., None]  # [B, G, V, 1]
+        decay, write = (-step * rate).exp(), step * v[:, t, ..., None] * k[:, t][..., entry]
+        if starts is not None:
+            state = state.masked_fill((starts[:, t] != previous).view(batch, 1, 1, 1), 0.0)
+            write = write * (starts[:, t] <= t).view(batch, 1, 1, 1)
+            previous = starts[:, t].double()
+        state = decay * state + write
+        outputs.append((q[:, t][..., entry] * state.repeat_interleave(heads // groups, 1)).sum(-1))
+    return torch.stack(outputs, 1), state

@@ -1,6 +1,7 @@
-"""One decode step of window attention, of gated linear memory, or of both, in one launch.
+"""One decode step of window attention, of gated linear or delta-rule memory, or of both, in one launch.
 
-Legend: B batch, H query heads, G KV heads, R = H // G, K key dim, V value dim, W ring slots, S sinks, N block of slots.
+Legend: B batch, H query heads, G KV heads, R = H // G, K key dim of the window, KM of the memory, V value dim, W ring
+slots, S sinks, N block of slots.
 Programs of one KV head share nothing: some own a block of the state's value columns, read it once, update it in place
 and read it out for the R query heads; one more walks the ring. All sizes are known without a sync, so that the launch
 can be captured in a CUDA graph.
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels.launch import Launch, layout, run
+from linearize.kernels.launch import Launch, layout, run, unit_stride
 
 
 @triton.jit
@@ -28,48 +29,60 @@ def _softmax_block(q, k_N, v_N, visible, acc, top, total, scale, PREC: tl.conste
 @triton.jit
 def _step(
     q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
-    q_m, k_m, v_m, gate, state, norm, o_m, sums,
-    G, W, S, scale_w, scale_m,
+    q_m, k_m, v_m, gate, beta, state, norm, o_m, sums,
+    G, W, S, scale_w, scale_m, eps,
     q_w_b, q_w_h, k_w_b, k_w_h, v_w_b, v_w_h, k_r_b, k_r_s, k_r_h, v_r_b, v_r_s, v_r_h,
-    k_s_b, k_s_s, k_s_h, v_s_b, v_s_s, v_s_h, q_m_b, q_m_h, k_m_b, k_m_h, v_m_b, v_m_h, g_b, g_h,
-    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
+    k_s_b, k_s_s, k_s_h, v_s_b, v_s_s, v_s_h, q_m_b, q_m_h, k_m_b, k_m_h, v_m_b, v_m_h, g_b, g_h, b_b, b_h,
+    R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KM: tl.constexpr, BKM: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, NV: tl.constexpr,
     FULL_V: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     MEMORY: tl.constexpr, WINDOW: tl.constexpr, WRITE: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr,
-    NORM: tl.constexpr, PREC: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     part, pair = tl.program_id(0), tl.program_id(1)
     b, g = (pair // G).to(tl.int64), pair % G
-    ks = tl.arange(0, BK)
-    in_k = ks < K
     if part < NV:
         if MEMORY:
+            ks = tl.arange(0, BKM)
+            in_k = ks < KM
             vs = part * BV + tl.arange(0, BV)
             in_v = vs < V
-            tile = pair.to(tl.int64) * K * V + ks[:, None] * V + vs[None, :]
+            tile = pair.to(tl.int64) * KM * V + ks[:, None] * V + vs[None, :]
             in_tile = in_k[:, None] & in_v[None, :]
             s = tl.load(state + tile, mask=in_tile, other=0.0)
             key = tl.load(k_m + b * k_m_b + g * k_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
             value = tl.load(v_m + b * v_m_b + g * v_m_h + vs, mask=in_v, other=0.0).to(tl.float32)
-            decay = tl.full([BK], 1.0, tl.float32)
+            decay = tl.full([BKM], 1.0, tl.float32)
             if GATE == 1:
                 decay *= tl.exp(tl.load(gate + b * g_b + g * g_h).to(tl.float32))
             elif GATE == 2:
                 decay = tl.exp(tl.load(gate + b * g_b + g * g_h + ks, mask=in_k, other=0.0).to(tl.float32))
-            s = s * decay[:, None] + key[:, None] * value[None, :]
+            s *= decay[:, None]
+            if UNIT:
+                key *= tl.rsqrt(tl.sum(key * key) + eps)
+            if DELTA:
+                strength = tl.load(beta + b * b_b + g * b_h).to(tl.float32)
+                value = strength * (value - tl.sum(key[:, None] * s, 0))
+            s += key[:, None] * value[None, :]
             tl.store(state + tile, s, mask=in_tile)
             for r in tl.static_range(R):
-                q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32) * scale_m
+                q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+                if UNIT:
+                    q *= tl.rsqrt(tl.sum(q * q) + eps)
+                q *= scale_m
                 out = tl.sum(q[:, None] * s, 0)
                 tl.store(o_m + (b * G * R + g * R + r) * V + vs, out.to(o_m.dtype.element_ty), mask=in_v)
             if NORM:  # noqa: SIM102
                 if part == 0:
-                    z = tl.load(norm + pair * K + ks, mask=in_k, other=0.0) * decay + key
-                    tl.store(norm + pair * K + ks, z, mask=in_k)
+                    z = tl.load(norm + pair * KM + ks, mask=in_k, other=0.0) * decay + key
+                    tl.store(norm + pair * KM + ks, z, mask=in_k)
                     for r in tl.static_range(R):
                         q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
                         tl.store(sums + b * G * R + g * R + r, tl.sum(q * z, 0) * scale_m)
     else:
         if WINDOW:
+            ks = tl.arange(0, BK)
+            in_k = ks < K
             cols = tl.arange(0, FULL_V)
             in_cols = cols < V
             head = tl.arange(0, ROWS)
@@ -145,17 +158,13 @@ def _strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()[:dims]
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
 def _run(
     q_w: Tensor | None, k_w: Tensor | None, v_w: Tensor | None, k_ring: Tensor | None, v_ring: Tensor | None,
     sink_k: Tensor | None, sink_v: Tensor | None, length: Tensor | None, q_m: Tensor | None, k_m: Tensor | None,
-    v_m: Tensor | None, gate: Tensor | None, state: Tensor | None, norm: Tensor | None, scale_w: float, scale_m: float,
-    write: bool,
+    v_m: Tensor | None, gate: Tensor | None, beta: Tensor | None, state: Tensor | None, norm: Tensor | None,
+    scale_w: float, scale_m: float, write: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q_w, k_w, v_w, q_m, k_m, v_m = (_unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
+    q_w, k_w, v_w, q_m, k_m, v_m = (None if x is None else unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
     q = q_m if q_w is None else q_w
     keys = k_m if k_ring is None else k_ring
     values = v_m if v_ring is None else v_ring
@@ -163,6 +172,7 @@ def _run(
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} is updated in place and must be contiguous; got strides {x.stride()}.")
     B, H, K = q.shape
+    KM = K if q_m is None else q_m.shape[-1]
     G, V = keys.shape[-2], values.shape[-1]
     memory, window = state is not None, k_ring is not None
     o_w, lse, row_max, o_m, sums = _outputs(q, values, norm, memory, window)
@@ -173,20 +183,21 @@ def _run(
         gate = gate.expand(B, G)
     args = (
         q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
-        q_m, k_m, v_m, gate, state, norm, o_m, sums,
-        G, k_ring.shape[1] if window else 1, 0 if sink_k is None else sink_k.shape[1], scale_w, scale_m,
+        q_m, k_m, v_m, gate, beta, state, norm, o_m, sums,
+        G, k_ring.shape[1] if window else 1, 0 if sink_k is None else sink_k.shape[1], scale_w, scale_m, eps,
         *_strides(q_w, 2), *_strides(k_w, 2), *_strides(v_w, 2), *_strides(k_ring, 3), *_strides(v_ring, 3),
         *_strides(sink_k, 3), *_strides(sink_v, 3), *_strides(q_m, 2), *_strides(k_m, 2), *_strides(v_m, 2),
-        *_strides(gate, 2),
+        *_strides(gate, 2), *_strides(beta, 2),
     )  # fmt: skip
     constants = {
-        "R": H // G, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "BV": block_v, "NV": parts,
+        "R": H // G, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)),
+        "KM": KM, "BKM": max(16, triton.next_power_of_2(KM)), "BV": block_v, "NV": parts,
         "FULL_V": full_v, "ROWS": max(16, triton.next_power_of_2(H // G)), "N": 32, "MEMORY": memory, "WINDOW": window,
         "WRITE": write, "SINKS": sink_k is not None, "GATE": 0 if gate is None else gate.dim() - 1,
-        "NORM": norm is not None, "PREC": "tf32x3",
+        "NORM": norm is not None, "DELTA": beta is not None, "UNIT": eps > 0, "PREC": "tf32x3",
     }  # fmt: skip
-    given = (q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, state, norm)
-    key = ("step", layout(*given), scale_w, scale_m, write)
+    given = (q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm)
+    key = ("step", layout(*given), scale_w, scale_m, write, eps)
     run([Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], key)
     return o_w, lse, row_max, o_m, sums
 
@@ -216,7 +227,10 @@ def _launch(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 @_op.register_fake
-def _(q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, state, norm, scale_w, scale_m, write):
+def _(
+    q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm, scale_w, scale_m,
+    write, eps,
+):  # fmt: skip
     q = q_m if q_w is None else q_w
     return _outputs(q, v_m if v_ring is None else v_ring, norm, state is not None, k_ring is not None)
 
@@ -226,9 +240,18 @@ def gated_linear_step_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `gated_linear_step` (see there for shapes) in one launch."""
     _, _, _, o, sums = _launch(
-        None, None, None, None, None, None, None, None, q, k, v, log_decay, state, norm, 1.0, scale, False
+        None, None, None, None, None, None, None, None, q, k, v, log_decay, None, state, norm, 1.0, scale, False, 0.0
     )
     return o, None if norm is None else sums
+
+
+def gated_delta_step_triton(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, eps: float
+) -> Tensor:
+    """Run `gated_delta_step` (see there for shapes) in one launch; with `eps` above 0, q and k become unit first."""
+    return _launch(
+        None, None, None, None, None, None, None, None, q, k, v, log_decay, beta, state, None, 1.0, scale, False, eps
+    )[3]
 
 
 def window_step_triton(
@@ -242,34 +265,20 @@ def window_step_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `window_step` (see there for shapes) in one launch."""
     o, lse, row_max, _, _ = _launch(
-        q, None, None, k_ring, v_ring, sink_k, sink_v, length, None, None, None, None, None, None, scale, 1.0, False
-    )
+        q, None, None, k_ring, v_ring, sink_k, sink_v, length, None, None, None, None, None, None, None, scale, 1.0,
+        False, 0.0,
+    )  # fmt: skip
     return o, lse, row_max
 
 
 def hybrid_step_triton(
     q_w: Tensor, k_w: Tensor, v_w: Tensor, k_ring: Tensor, v_ring: Tensor, sink_k: Tensor | None, sink_v: Tensor | None,
-    length: Tensor, q_m: Tensor, k_m: Tensor, v_m: Tensor, log_decay: Tensor | None, state: Tensor, norm: Tensor | None,
-    scale_w: float, scale_m: float,
+    length: Tensor, q_m: Tensor, k_m: Tensor, v_m: Tensor, log_decay: Tensor | None, beta: Tensor | None,
+    state: Tensor, norm: Tensor | None, scale_w: float, scale_m: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Run `hybrid_step` (see there for shapes) in one launch."""
     o_w, lse, row_max, o_m, sums = _launch(
-        q_w,
-        k_w,
-        v_w,
-        k_ring,
-        v_ring,
-        sink_k,
-        sink_v,
-        length,
-        q_m,
-        k_m,
-        v_m,
-        log_decay,
-        state,
-        norm,
-        scale_w,
-        scale_m,
-        True,
-    )
+        q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, log_decay, beta, state, norm, scale_w,
+        scale_m, True, 0.0,
+    )  # fmt: skip
     return o_w, lse, row_max, o_m, None if norm is None else sums

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize.kernels.backend import select
-from linearize.kernels.gated_linear import starts_from_cu_seqlens
+from linearize.kernels.gated_linear import starts_of
 
 BLOCK = 64
 
@@ -55,7 +55,8 @@ def window_attention(
         window: visible tokens, at least 1.
         sinks: always visible first tokens of a document.
         scale: factor on the scores; K**-0.5 by default.
-        starts: int [B, T], first token of each token's document; values below 0 count as 0.
+        starts: int [B, T], first token of each token's document; values below 0 count as 0. Without sinks it may be any
+            first visible token, as long as it does not fall from one token to the next.
         cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
         softcap: c caps the scaled scores, c * tanh(s / c), as Gemma 2 does; the PyTorch form serves it on any device.
 
@@ -65,25 +66,16 @@ def window_attention(
     Raises:
         ValueError: shapes do not fit, `window` is below 1, or `softcap` is not above 0.
     """
-    batch, length, heads, key_dim = q.shape
-    if k.shape[:2] != (batch, length) or v.shape[:3] != k.shape[:3] or k.shape[-1] != key_dim or heads % k.shape[2]:
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected q [B, T, H, K], "
-            "k [B, T, G, K], v [B, T, G, V] with H a multiple of G."
-        )
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}.")
+    check_window(q, k, v, window)
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must lie above 0, got {softcap}.")
-    scale = key_dim**-0.5 if scale is None else scale
-    if cu_seqlens is not None:
-        if starts is not None or batch != 1:
-            raise ValueError(f"cu_seqlens needs batch 1 and no starts; got batch {batch}.")
-        starts = starts_from_cu_seqlens(cu_seqlens, length)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    starts = starts_of(starts, cu_seqlens, q)
     backend = select("window", q)
     if backend == "triton" and softcap is None:
         from linearize.kernels.window_triton import window_triton
 
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return WindowOutput(*window_triton(q, k, v, window, sinks, scale, starts))
     if backend == "reference":
         from linearize.kernels.reference import window_reference
@@ -93,6 +85,18 @@ def window_attention(
         )
         return WindowOutput(o.to(q.dtype), lse.float(), row_max.float())
     return _blocked(q, k, v, window, sinks, scale, starts, softcap)
+
+
+def check_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> None:
+    """Raise ValueError where shapes do not fit or `window` is below 1."""
+    batch, length, heads, key_dim = q.shape
+    if k.shape[:2] != (batch, length) or v.shape[:3] != k.shape[:3] or k.shape[-1] != key_dim or heads % k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected q [B, T, H, K], "
+            "k [B, T, G, K], v [B, T, G, V] with H a multiple of G."
+        )
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}.")
 
 
 def window_step(
@@ -105,6 +109,7 @@ def window_step(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    reach: Tensor | None = None,
 ) -> WindowOutput:
     """One token of window attention, after its key and value were written to slot `length % W` of the rings.
 
@@ -116,12 +121,13 @@ def window_step(
         sink_v: [B, S, G, V], or None.
         length: int [B], tokens of the row before this one.
         scale: factor on the scores; K**-0.5 by default.
-        softcap: as in `window_attention`.
+        softcap: as in `window_attention`; neither it nor `reach` has a Triton form.
+        reach: int [B], how many tokens of the ring before it the token sees; all of them by default.
 
     Returns:
         o [B, H, V], log-sum-exp [B, H], largest score [B, H].
     """
-    if softcap is None and select("step", q) == "triton":
+    if softcap is None and reach is None and select("step", q) == "triton":
         from linearize.kernels.step_triton import window_step_triton
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -129,6 +135,8 @@ def window_step(
     window = k_ring.shape[1]
     slot = torch.arange(window, device=q.device)
     visible = slot <= length[:, None]
+    if reach is not None:
+        visible = visible & ((length[:, None] - slot) % window <= reach[:, None])
     keys, values = k_ring, v_ring
     if sink_k is not None and sink_v is not None:
         sink = torch.arange(sink_k.shape[1], device=q.device)

@@ -7,7 +7,8 @@ A program of the forward, and of the pass for dq, owns M queries of one query he
 window reaches, after the sinks of the document of its first query (a later document's sinks lie inside the reach).
 The pass for dk and dv owns N keys of one KV head and walks the queries of all its R query heads that can see them, so
 that nothing is repeated and no atomics are needed: two runs are equal to the bit. `row_max` is differentiable: the
-forward keeps where it was reached.
+forward keeps where it was reached. `ADD_Q`, `ADD_K` and `ADD_V` add to gradients that are there already: the hybrid's
+backward sums its branches so.
 """
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import Blocks, window_tiles
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
+from linearize.kernels.launch import Launch, compile_all, is_new, layout, run, unit_stride
 
 
 @triton.jit
@@ -125,6 +126,7 @@ def _query_grads(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+    ADD_Q: tl.constexpr,
 ):  # fmt: skip
     h, i_m, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = G * R
@@ -145,9 +147,13 @@ def _query_grads(
     do_M = tl.load(do + row[:, None] * V + vs[None, :], mask=in_tv, other=0.0)
     o_M = tl.load(o + row[:, None] * V + vs[None, :], mask=in_tv, other=0.0)
     lse_M = tl.load(lse + row, mask=in_t, other=0.0)
-    delta_M = tl.sum(o_M.to(tl.float32) * do_M.to(tl.float32), 1) - tl.load(d_lse + row, mask=in_t, other=0.0)
+    delta_M = tl.sum(o_M.to(tl.float32) * do_M.to(tl.float32), 1)
+    if d_lse is not None:
+        delta_M -= tl.load(d_lse + row, mask=in_t, other=0.0)
     tl.store(delta + row, delta_M, mask=in_t)
-    d_max_M = tl.load(d_max + row, mask=in_t, other=0.0)
+    d_max_M = tl.zeros([M], tl.float32)
+    if d_max is not None:
+        d_max_M = tl.load(d_max + row, mask=in_t, other=0.0)
     arg = tl.load(row_arg + row, mask=in_t, other=-1)
     lse_M = tl.where(lse_M == -float("inf"), 0.0, lse_M)
     first = tl.zeros([M], tl.int32)
@@ -173,9 +179,12 @@ def _query_grads(
             q_M, do_M, k + rows * k_t, v + rows * v_t, j, i, first, T, lse_M, delta_M, d_max_M, arg, dq_M,
             in_k, in_v, scale, W, S, PREC,
         )  # fmt: skip
-    tl.store(
-        dq + row[:, None] * K + ks[None, :], (dq_M * scale).to(dq.dtype.element_ty), mask=in_t[:, None] & in_k[None, :]
-    )
+    out = dq + row[:, None] * K + ks[None, :]
+    in_tk = in_t[:, None] & in_k[None, :]
+    dq_M *= scale
+    if ADD_Q:
+        dq_M += tl.load(out, mask=in_tk, other=0.0).to(tl.float32)
+    tl.store(out, dq_M.to(dq.dtype.element_ty), mask=in_tk)
 
 
 @triton.jit
@@ -195,9 +204,10 @@ def _key_block(q_p, do_p, row, i, j, first, k_N, v_N, lse, delta, d_max, row_arg
     p_T = tl.where(visible, tl.exp(s_T - lse_M[None, :]), 0.0)
     dv = tl.dot(p_T.to(do_M.dtype), do_M, dv, input_precision=PREC)
     dp_T = tl.dot(v_N, tl.trans(do_M), input_precision=PREC)
-    arg = tl.load(row_arg + row, mask=in_t, other=-1)
     ds_T = p_T * (dp_T - tl.load(delta + row, mask=in_t, other=0.0)[None, :])
-    ds_T += tl.where(j[:, None] == arg[None, :], tl.load(d_max + row, mask=in_t, other=0.0)[None, :], 0.0)
+    if d_max is not None:
+        arg = tl.load(row_arg + row, mask=in_t, other=-1)
+        ds_T += tl.where(j[:, None] == arg[None, :], tl.load(d_max + row, mask=in_t, other=0.0)[None, :], 0.0)
     return tl.dot(ds_T.to(q_M.dtype), q_M, dk, input_precision=PREC), dv
 
 
@@ -207,6 +217,7 @@ def _key_grads(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+    ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
     g, i_n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = G * R
@@ -260,8 +271,14 @@ def _key_grads(
             if STARTS:
                 go = go & (tl.load(starts + b * T + tl.minimum(next_i, T - 1)).to(tl.int32) <= last)
     out = ((b * T + j) * G + g)[:, None]
-    tl.store(dk + out * K + ks[None, :], (dk_N * scale).to(dk.dtype.element_ty), mask=in_t[:, None] & in_k[None, :])
-    tl.store(dv + out * V + vs[None, :], dv_N.to(dv.dtype.element_ty), mask=in_t[:, None] & in_v[None, :])
+    in_tk, in_tv = in_t[:, None] & in_k[None, :], in_t[:, None] & in_v[None, :]
+    dk_N *= scale
+    if ADD_K:
+        dk_N += tl.load(dk + out * K + ks[None, :], mask=in_tk, other=0.0).to(tl.float32)
+    if ADD_V:
+        dv_N += tl.load(dv + out * V + vs[None, :], mask=in_tv, other=0.0).to(tl.float32)
+    tl.store(dk + out * K + ks[None, :], dk_N.to(dk.dtype.element_ty), mask=in_tk)
+    tl.store(dv + out * V + vs[None, :], dv_N.to(dv.dtype.element_ty), mask=in_tv)
 
 
 def window_triton(
@@ -271,11 +288,6 @@ def window_triton(
     op = torch.ops.linearize.window if torch.compiler.is_compiling() else _Eager.apply
     o, lse, row_max, _ = op(q, k, v, starts, window, sinks, scale)
     return o, lse, row_max
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with unit stride in its last dim; a copy only where that is not so already."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shared(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int) -> dict[str, object]:
@@ -299,57 +311,71 @@ def _launch(kernel: object, heads: int, rows: int, T: int, B: int, tile: Blocks,
     return Launch(kernel, (heads, -(-T // rows), B), args, shared, more, tile.warps, tile.stages)
 
 
-def _run_forward(
+def forward_launches(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs_grad = q.requires_grad
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    starts = None if starts is None else starts.contiguous()
+) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The launch of the forward, and o, lse, row_max and where the largest score was; q, k, v as from `unit_stride`."""
     B, T, H, _ = q.shape
     o = q.new_empty((B, T, H, v.shape[-1]))
     lse = q.new_empty((B, T, H), dtype=torch.float32)
-    row_max = torch.empty_like(lse)
-    row_arg = torch.empty_like(lse, dtype=torch.int32)
+    row_max, row_arg = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32)
     tile = window_tiles(q.dtype, q.shape[-1], v.shape[-1]).forward
     args = (q, k, v, starts, o, lse, row_max, row_arg, T, k.shape[2], scale)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     shared = _shared(q, k, v, starts, window, sinks)
-    launches = [_launch(_forward_kernel, H, tile.queries, T, B, tile, (*args, *strides), shared)]
-    key = ("window", layout(q, k, v, starts), window, sinks, scale)
-    if is_new(q, key):
-        later = []
-        if needs_grad:
-            later = _grad_launches(o, lse, lse, q, k, v, starts, o, lse, row_arg, window, sinks, scale)[0]
-        compile_all(launches + later)
-    run(launches, key)
-    return o, lse, row_max, row_arg
+    launch = _launch(_forward_kernel, H, tile.queries, T, B, tile, (*args, *strides), shared)
+    return [launch], (o, lse, row_max, row_arg)
 
 
-def _grad_launches(
-    do: Tensor, d_lse: Tensor, d_max: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, o: Tensor,
-    lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
+def grad_launches(
+    do: Tensor, d_lse: Tensor | None, d_max: Tensor | None, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None,
+    o: Tensor, lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
+    into: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """The launches of the backward, and dq, dk, dv: fresh ones, or those of `into` with this op's share added."""
     B, T, H, _ = q.shape
     G = k.shape[2]
-    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    shared = _shared(q, k, v, starts, window, sinks)
+    dq, dk, dv = (x.new_empty(x.shape) if y is None else y for x, y in zip((q, k, v), into, strict=True))
+    delta = torch.empty_like(lse)
+    adds = {name: x is not None for name, x in zip(("ADD_Q", "ADD_K", "ADD_V"), into, strict=True)}
+    shared = _shared(q, k, v, starts, window, sinks) | adds
     last = (T, G, scale, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     tiles = window_tiles(q.dtype, q.shape[-1], v.shape[-1])
-    rows, keys = tiles.query_grads, tiles.key_grads
+    by_query, by_key = tiles.query_grads, tiles.key_grads
     args = (q, k, v, starts, o, do, lse, d_lse, d_max, row_arg, delta, dq, *last)
-    first = _launch(_query_grads, H, rows.queries, T, B, rows, args, shared)
+    first = _launch(_query_grads, H, by_query.queries, T, B, by_query, args, shared)
     args = (q, k, v, starts, do, lse, d_max, row_arg, delta, dk, dv, *last)
-    return [first, _launch(_key_grads, G, keys.keys, T, B, keys, args, shared)], (dq, dk, dv)
+    return [first, _launch(_key_grads, G, by_key.keys, T, B, by_key, args, shared)], (dq, dk, dv)
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_grad = q.requires_grad
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    starts = None if starts is None else starts.contiguous()
+    launches, outputs = forward_launches(q, k, v, starts, window, sinks, scale)
+    key = ("window", layout(q, k, v, starts), window, sinks, scale)
+    if is_new(q, key):
+        o, lse, _, row_arg = outputs
+        later = []
+        if needs_grad:
+            later = grad_launches(o, None, None, q, k, v, starts, o, lse, row_arg, window, sinks, scale)[0]
+        compile_all(launches + later)
+    run(launches, key)
+    return outputs
 
 
 def _run_backward(
-    do: Tensor, d_lse: Tensor, d_max: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, o: Tensor,
-    lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
+    do: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    starts: Tensor | None, o: Tensor, lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     starts = None if starts is None else starts.contiguous()
-    given = (do.contiguous(), d_lse.contiguous(), d_max.contiguous(), q, k, v, starts, o, lse, row_arg)
-    launches, grads = _grad_launches(*given, window, sinks, scale)
+    do = torch.zeros_like(o) if do is None else do.contiguous()
+    d_lse, d_max = (None if x is None else x.contiguous() for x in (d_lse, d_max))
+    given = (do, d_lse, d_max, q, k, v, starts, o, lse, row_arg)
+    launches, grads = grad_launches(*given, window, sinks, scale)
     key = ("window_grad", layout(*given[:7]), window, sinks, scale)
     if is_new(q, key):
         compile_all(launches)
@@ -380,6 +406,7 @@ def _save(ctx, inputs, output):
     o, lse, _, row_arg = output
     ctx.save_for_backward(q, k, v, starts, o, lse, row_arg)
     ctx.mark_non_differentiable(row_arg)
+    ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, op, do, d_lse, d_max, _):

@@ -7,7 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,27 @@ import torch
 
 from linearize import workspace, yaml_io
 from linearize.checkpoint import write_text
-from linearize.data import Corpus, build_corpus, evaluation_rows
-from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
+from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
+from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import check_repository, push
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling import auto_class
 from linearize.modeling.export import save_checkpoint
-from linearize.planning import Plan, check_disk, converted_layers, make_plan
-from linearize.recipe import Recipe
-from linearize.report import model_card, read_metrics, render_html
+from linearize.planning import (
+    Plan,
+    check_disk,
+    converted_layers,
+    leaves_a_choice,
+    make_plan,
+    needs_teacher_copy,
+    place_heads,
+    resolve_heads,
+)
+from linearize.probe import run_probe, sample_settings
+from linearize.recipe import Distill, Preference, Recipe, Transfer
+from linearize.report import draw_png, model_card, read_metrics, render_html
 from linearize.report.track import tracker
 from linearize.stages import Run, has_ended, run_stage
 from linearize.surgery import Surgery, convert
@@ -53,7 +64,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Job:
-    """A run before it starts: everything that its outcome depends on."""
+    """A run before it starts: everything that its outcome depends on.
+
+    `recipe` is what was asked for; `plan.recipe` has the layers and heads too that a probe chose, once it did.
+    """
 
     recipe: Recipe
     source: TeacherSource
@@ -90,12 +104,18 @@ def prepare_job(
 ) -> Job:
     """Resolve and check everything that can be checked without loading weights; see `linearize` for the arguments."""
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
-    where = _device(device)
+    where = check_device(device)
     _check_backend()
-    kind = _dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    for stage in chosen.stages:
+        if isinstance(stage, Distill) and stage.teacher_device is not None:
+            check_device(stage.teacher_device, "`teacher_device`")
+    kind = check_dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
     plan = make_plan(chosen, config, model=source.name, dtype=kind)
+    if chosen.probed and chosen.probe.file is not None:
+        scores = ProbeScores.read(Path(chosen.probe.file))
+        plan = make_plan(resolve_heads(chosen, scores, config, kind), config, model=source.name, dtype=kind)
     return Job(chosen, source, plan, seed, where, kind, trust_remote_code)
 
 
@@ -185,8 +205,11 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     began = time.time()
     watch({"event": "load", "model": job.source.name})
     model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
+    job, scores = _probed(job, model, tokenizer, work, watch)
     corpus = _corpus(job, tokenizer, work)
-    watch({"event": "data", "description": corpus.description})
+    pairs = _pairs(job, tokenizer, work)
+    for part in (corpus, *pairs.values()):
+        watch({"event": "data", "description": part.description})
     rows = Rows(work / "rows.json", watch)
     samples: dict[str, str] = {"prompt": PROMPT}
     reference = None
@@ -199,7 +222,7 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     if surgery is not None and not rows.has("after surgery"):
         watch({"event": "evaluate", "name": "after surgery"})
         rows.add({**evaluate(model, corpus.held_out, reference).row("after surgery"), "tokens": 0, "seconds": 0.0})
-    _stages(job, model, surgery, corpus, reference, work, rows, watch)
+    _stages(job, model, surgery, corpus, pairs, reference, work, rows, watch)
     samples["student"] = sample(model, tokenizer, PROMPT)
     results = {
         "model": job.source.name,
@@ -211,10 +234,10 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
             for context, (teacher, student) in job.plan.cache.items()
         ],
         "provenance": workspace.provenance(job.settings(), info, corpus, time.time() - began),
-        "recipe_yaml": job.recipe.to_yaml(),
+        "recipe_yaml": job.plan.recipe.to_yaml(),
     }
     watch({"event": "save"})
-    _save(job, model, tokenizer, info, results, work)
+    _save(job, model, tokenizer, info, results, work, scores)
     return results
 
 
@@ -223,6 +246,7 @@ def _stages(
     model: Any,
     surgery: Surgery | None,
     corpus: Corpus,
+    pairs: dict[str, Corpus],
     reference: TeacherReference | None,
     work: Path,
     rows: Rows,
@@ -238,12 +262,20 @@ def _stages(
         autocast=None if job.dtype == torch.float32 else job.dtype,
         metrics=work / "metrics.jsonl",
         progress=lambda record: watch({"event": "step", **record}),
+        load_teacher=lambda device: load_teacher(job.source, job.dtype, device, job.trust_remote_code)[0],
     )
     tokens = seconds = 0.0
-    for name, settings in stage_names(job.recipe):
+    recipe = job.recipe
+    converted = [] if surgery is None else sorted(surgery.teachers)
+    for index, (name, settings, turn) in enumerate(stage_names(recipe)):
+        if surgery is not None and recipe.progressive > 1:
+            surgery.activate(layer for earlier in range(turn + 1) for layer in recipe.joining(converted, earlier))
         steps = settings.steps(job.recipe.data.length)
         watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
-        spent = run_stage(settings, run, name)
+        own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=needs_teacher_copy(recipe, model.config, index))
+        if surgery is not None and isinstance(settings, Transfer):
+            own.surgery = surgery.only(recipe.joining(converted, turn))
+        spent = run_stage(settings, own, name)
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
             watch({"event": "evaluate", "name": f"after {name}"})
@@ -251,12 +283,12 @@ def _stages(
             rows.add({**quality.row(f"after {name}"), "tokens": int(tokens), "seconds": seconds})
 
 
-def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """Yield each stage under a name of its own: `transfer`, `finetune`, `finetune-2`."""
+def stage_names(recipe: Recipe) -> Iterator[tuple[str, Any, int]]:
+    """Yield each stage that runs under a name of its own (`transfer`, `finetune`, `finetune-2`), and its round."""
     seen: dict[str, int] = {}
-    for settings in recipe.stages:
+    for turn, settings in recipe.schedule():
         count = seen[settings.stage] = seen.get(settings.stage, 0) + 1
-        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings
+        yield settings.stage if count == 1 else f"{settings.stage}-{count}", settings, turn
 
 
 class Rows:
@@ -279,7 +311,7 @@ class Rows:
     def complete(self, job: Job) -> bool:
         """Return whether every row of the job was measured."""
         surgery = ["after surgery"] if job.recipe.mixer is not None else []
-        names = ["teacher", *surgery, *(f"after {name}" for name, _ in stage_names(job.recipe))]
+        names = ["teacher", *surgery, *(f"after {name}" for name, _, _ in stage_names(job.recipe))]
         return all(map(self.has, names))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -294,13 +326,32 @@ class Rows:
 
 def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
-    folder = work / "data"
+    stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
+    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
+    tokens = max(1, budget) * job.recipe.data.length
+    masked = not job.recipe.causal
+    build = partial(build_corpus, job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=masked)
+    return _kept(work / "data", build)
+
+
+def _pairs(job: Job, tokenizer: Any, work: Path) -> dict[str, Corpus]:
+    """The pairs of each preference stage, by its name."""
+    found: dict[str, Corpus] = {}
+    length = job.recipe.data.length
+    for name, stage, _ in stage_names(job.recipe):
+        if isinstance(stage, Preference):
+            count = stage.steps(length) * stage.batch
+            build = partial(build_preferences, stage, tokenizer, length=length, pairs=count, seed=job.seed)
+            found[name] = _kept(work / f"data-{name}", build)
+    return found
+
+
+def _kept(folder: Path, build: Callable[[], Corpus]) -> Corpus:
+    """The corpus in a folder, built and saved there first where it is not."""
     if folder.exists():
         return Corpus.load(folder)
-    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in job.recipe.stages)
-    tokens = max(1, budget) * job.recipe.data.length
-    corpus = build_corpus(job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=not job.recipe.causal)
-    beside = work / "data.new"
+    corpus = build()
+    beside = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     corpus.save(beside)
     beside.rename(folder)
@@ -308,15 +359,57 @@ def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
 
 
 def _convert(job: Job, model: Any) -> Surgery | None:
-    recipe = job.recipe
+    recipe = job.plan.recipe
     if recipe.mixer is None:
         return None
+    assert isinstance(recipe.exact_heads, list) and not recipe.probed  # the probe has chosen by now
     torch.manual_seed(job.seed)
     layers = converted_layers(recipe, model.config)
-    return convert(model, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
+    return convert(model, recipe.mixer.model_dump(), layers, recipe.exact_heads)
 
 
-def _save(job: Job, model: Any, tokenizer: Any, info: TeacherInfo, results: dict[str, Any], work: Path) -> None:
+def _probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> tuple[Job, ProbeScores | None]:
+    """Return the job with layers and heads chosen by the probe, where its recipe leaves them to it, and the scores.
+
+    The scores stay in the work folder: a run that goes on chooses what it chose before.
+    """
+    recipe, path, scores = job.recipe, work / FILE, None
+    if not recipe.probed:
+        return job, None
+    if leaves_a_choice(recipe, model.config, job.dtype):
+        if path.exists():
+            scores = ProbeScores.read(path)
+        elif recipe.probe.file is not None:
+            scores = ProbeScores.read(Path(recipe.probe.file))
+        else:
+            scores = _score(model, tokenizer, recipe, job.source.name, job.seed, watch)
+        scores.write(path)
+        chosen = resolve_heads(recipe, scores, model.config, job.dtype)
+    else:  # the cache budget buys no head, or every head
+        chosen = place_heads(recipe, model.config, job.dtype)
+    plan = make_plan(chosen, model.config, model=job.source.name, dtype=job.dtype)
+    watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers})
+    return replace(job, plan=plan), scores
+
+
+def _score(model: Any, tokenizer: Any, recipe: Recipe, name: str, seed: int, watch: Watch) -> ProbeScores:
+    watch({"event": "probe", "name": name})
+
+    def tell(done: int, total: int) -> None:
+        watch({"event": "probe step", "done": done, "total": total})
+
+    return run_probe(model, tokenizer, recipe, name=name, seed=seed, progress=tell)
+
+
+def _save(
+    job: Job,
+    model: Any,
+    tokenizer: Any,
+    info: TeacherInfo,
+    results: dict[str, Any],
+    work: Path,
+    scores: ProbeScores | None,
+) -> None:
     """Write the whole finished folder into the work folder."""
     final = work / workspace.FINAL
     shutil.rmtree(final, ignore_errors=True)
@@ -329,11 +422,72 @@ def _save(job: Job, model: Any, tokenizer: Any, info: TeacherInfo, results: dict
     if records:
         shutil.copy(work / "metrics.jsonl", final / "metrics.jsonl")
     lock = {"settings": json.loads(json.dumps(job.settings())), "provenance": results["provenance"]}
+    if scores is not None:
+        chosen = job.plan.recipe.model_dump(mode="json")
+        lock["chosen"] = {"layers": chosen["layers"], "exact_heads": chosen["exact_heads"]}
+        _write_probe(scores, final, chosen["exact_heads"])
     write_text(final / workspace.LOCK, yaml_io.dump(lock))
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
     write_text(final / "report.html", render_html(results, records))
     base = info.source.removeprefix("hub:").partition("@")[0] if info.source.startswith("hub:") else None
     write_text(final / "README.md", model_card(results, base_model=base, license=info.license))
+
+
+def _write_probe(scores: ProbeScores, folder: Path, chosen: list[list[int]]) -> None:
+    """Write the scores and their heat map."""
+    scores.write(folder / FILE)
+    picture = draw_png("probe", {"scores": scores, "chosen": chosen})
+    assert picture is not None
+    (folder / "probe.png").write_bytes(picture)
+
+
+def probe(
+    model: str | Path,
+    recipe: Recipe | str | Path = "untrained",
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    watch: Watch | None = None,
+    **settings: Any,
+) -> tuple[ProbeScores, Path]:
+    """Score what each KV head and each layer of a teacher is worth as exact softmax, under a recipe's window.
+
+    Args:
+        model: alias, local folder, hub id or .gguf file.
+        recipe: gives the window, the `probe` section and what it would choose.
+        output: folder for probe.json and probe.png; `./<model>-probe` by default. Scores that lie there are returned.
+        fresh: score anew and replace them.
+        watch: called with every event.
+        **settings: quick, seed, device, dtype, overrides, trust_remote_code, as in `linearize`.
+
+    Returns:
+        The scores and the folder.
+
+    Raises:
+        LinearizeError: something given does not work, or other scores lie in the folder.
+    """
+    job = prepare_job(model, recipe, **settings)
+    if job.recipe.probe.file is not None:
+        raise LinearizeError("`probe.file` holds the scores of an earlier probe, and this one makes its own; drop it.")
+    folder = Path(output) if output is not None else Path(f"{job.source.name}-probe")
+    config = load_config(job.source, job.trust_remote_code)
+    wanted = {"samples": sample_settings(job.recipe, job.seed), "model": job.source.name}
+    if (folder / FILE).exists() and not fresh:
+        scores = ProbeScores.read(folder / FILE)
+        scores.check(config, job.recipe, str(folder / FILE))
+        found = {"samples": scores.samples, "model": scores.model}
+        if found != wanted:
+            raise LinearizeError(
+                f"{folder / FILE} was made from {found}, and {wanted} is asked for. Give another folder with --output, "
+                "or replace it with --fresh."
+            )
+        return scores, folder
+    loaded, tokenizer, _ = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
+    scores = _score(loaded, tokenizer, job.recipe, job.source.name, job.seed, watch or (lambda event: None))
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = resolve_heads(job.recipe, scores, config, job.dtype).model_dump(mode="json")["exact_heads"]
+    _write_probe(scores, folder, chosen)
+    return scores, folder
 
 
 def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
@@ -348,17 +502,22 @@ def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
     return tell
 
 
-def _device(name: str | None) -> torch.device:
+def check_device(name: str | None, setting: str = "--device") -> torch.device:
+    """Return the device that a setting names; the first GPU by default, else the CPU.
+
+    Raises:
+        LinearizeError: there is no such device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise LinearizeError(f"--device {name} is no device; use cpu, cuda or cuda:1.") from error
+        raise LinearizeError(f"{setting} {name} is no device; use cpu, cuda or cuda:1.") from error
     if device.type not in ("cpu", "cuda"):
-        raise LinearizeError(f"--device {name} is not served; use cpu or cuda.")
+        raise LinearizeError(f"{setting} {name} is not served; use cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise LinearizeError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
+        raise LinearizeError(f"{setting} {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
     return device
 
 
@@ -368,63 +527,16 @@ def _check_backend() -> None:
         raise UnknownNameError("backend", name, BACKENDS, "LINEARIZE_BACKEND")
 
 
-def _dtype(name: str) -> torch.dtype:
+def check_dtype(name: str) -> torch.dtype:
+    """Return the dtype that `--dtype` names.
+
+    Raises:
+        LinearizeError: it is none of the three.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:
         raise UnknownNameError("dtype", name, known, "--dtype")
     return known[name]
-
-
-def evaluate_folder(
-    folder: str | Path,
-    *,
-    against: str | None = None,
-    data: str | None = None,
-    rows: int | None = None,
-    length: int | None = None,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Measure a finished folder on held-out text.
-
-    Args:
-        folder: what `linearize` wrote.
-        against: the teacher, as for `--model`; adds its row and the divergence from it. None leaves both out.
-        data: source of the text; the run's own held-out documents by default.
-        rows: how many rows; the run's own number by default.
-        length: tokens a row; the run's own by default. Beyond the teacher's context rows are marked.
-        device: where to run; the first GPU by default, else the CPU.
-
-    Returns:
-        `results` with the rows measured.
-    """
-    from transformers import AutoTokenizer
-
-    path = workspace.checkpoint_folder(folder)
-    settings = workspace.locked_settings(path)
-    recipe = Recipe.parse(settings["recipe"], str(path / workspace.LOCK))
-    changes = {"source": data, "format": "auto" if data else None, "held_out": rows, "length": length}
-    spec = recipe.data.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if data is None:
-        masked = not recipe.causal
-        held_out = build_corpus(
-            spec, tokenizer, train_tokens=spec.length, seed=settings["seed"], masked=masked
-        ).held_out
-    else:
-        held_out = evaluation_rows(spec, tokenizer)
-        if not recipe.causal:
-            held_out = mask_rows(held_out, Masking.of(tokenizer), HELD_OUT_SEED)
-    where = _device(device)
-    measured = []
-    reference = None
-    if against is not None:
-        teacher, _, _ = load_teacher(resolve(against), torch.float32, where)
-        reference = TeacherReference(teacher, held_out)
-        measured.append(reference.quality.row("teacher"))
-        del teacher
-    model = load(path, dtype=torch.float32).to(where).eval()
-    measured.append(evaluate(model, held_out, reference).row(path.name))
-    return {"model": settings["model"], "recipe": recipe.name, "rows": measured}
 
 
 def generate_text(
@@ -441,7 +553,7 @@ def generate_text(
 
     path = workspace.checkpoint_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    where = _device(device)
+    where = check_device(device)
     model = load(path, dtype="auto").to(where).eval()
     if not model.can_generate():
         raise LinearizeError(f"{path} is an encoder, which fills masks and cannot continue a prompt.")

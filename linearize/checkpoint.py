@@ -72,6 +72,14 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     return None
 
 
+def state_of(folder: Path) -> dict[str, Any] | None:
+    """Return the state of a checkpoint without its tensors, or None where there is no whole one."""
+    if not _is_whole(folder):
+        return None
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint and its leftovers."""
     for suffix in ("", ".new", ".old"):

@@ -175,6 +175,48 @@ def plan(
 
 
 @app.command()
+def probe(
+    model: Model,
+    recipe: RecipeName = "untrained",
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for probe.json and probe.png; ./<model>-probe by default.")
+    ] = None,
+    quick: Quick = False,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Score anew where scores lie in the folder.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score what each KV head and each layer is worth as exact softmax: recall, divergence, HALO."""
+    from linearize import api
+    from linearize.display import RunDisplay, probe_table, quiet_libraries
+
+    quiet_libraries()
+    display = RunDisplay()
+    try:
+        scores, folder = api.probe(
+            model,
+            recipe,
+            output,
+            quick=quick,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            overrides=overrides or [],
+            fresh=fresh,
+            trust_remote_code=trust_remote_code,
+            watch=display,
+        )
+    finally:
+        display.close()
+    _print(probe_table(scores))
+    typer.echo(f"Scores: {folder / 'probe.json'}   heat map: {folder / 'probe.png'}")
+    typer.echo(f"A run or plan takes them with: probe.file={folder / 'probe.json'}")
+
+
+@app.command()
 def ls(
     what: Annotated[str | None, typer.Argument(help="recipes, models, parts or families; all by default.")] = None,
 ) -> None:
@@ -235,20 +277,77 @@ def validate(
 @app.command("eval")
 def evaluate(
     folder: Folder,
-    against: Annotated[str | None, typer.Option(help="Teacher to compare with, as for --model.")] = None,
-    data: DataSource = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Held-out rows.")] = None,
+    suite: Annotated[str, typer.Option(help="quick, paper or full.")] = "quick",
+    against: Annotated[
+        str | None, typer.Option(help="The teacher, as for --model, or none; the run's own by default.")
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="Another run's folder to stand beside it; repeatable.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text: wikitext2, a file, a folder or a hub id; repeatable.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of each text.")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="Tokens a row.")] = None,
+    recall: Annotated[str | None, typer.Option(help="Recall tasks, separated by commas, or none.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Tokens of a recall sample: 512,1024.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Of each recall and generation task.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of lm-evaluation-harness, separated by commas, or none.")] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder with local files of the tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each such task.")] = None,
+    contexts: Annotated[str | None, typer.Option(help="At which speed is measured: 1024,8192, or none.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Rows at once there: 1,16.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a forward pass.")] = None,
+    seed: Annotated[int, typer.Option(help="Of recall samples and prompts.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; DIR/eval by default.")] = None,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Evaluate a finished folder on held-out text."""
-    from linearize import api
-    from linearize.display import quiet_libraries
-    from linearize.report import quality_cells, rich_table
+    """Evaluate a finished folder beside its teacher and its controls."""
+    from linearize.display import quiet_libraries, show_evaluation
+    from linearize.evaluation import FOLDER, evaluate_folder
 
     quiet_libraries()
-    results = api.evaluate_folder(folder, against=against, data=data, rows=rows, length=length, device=device)
-    _print(rich_table(quality_cells(results), str(folder)))
+    results = evaluate_folder(
+        folder,
+        suite=suite,
+        against=against,
+        controls=control or (),
+        data=data,
+        task_data=task_data,
+        device=device,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        output=output,
+        watch=lambda words: typer.echo(words, err=True),
+        rows=rows,
+        length=length,
+        recall=recall,
+        lengths=lengths,
+        samples=samples,
+        tasks=tasks,
+        limit=limit,
+        contexts=contexts,
+        batches=batches,
+    )
+    show_evaluation(results, output or folder / FOLDER)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Evaluated runs, or eval.json files.")],
+    output: Annotated[Path | None, typer.Option(help="A .json file for the table.")] = None,
+) -> None:
+    """Put evaluations side by side."""
+    from linearize.evaluation import compare as read_all
+    from linearize.evaluation import write_comparison
+    from linearize.report import compare_cells, rich_table
+
+    cells = compare_cells(read_all(folders))
+    _print(rich_table(cells, "Evaluations side by side"))
+    if output is not None:
+        write_comparison(cells, folders, output)
 
 
 @app.command()

@@ -5,13 +5,24 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from linearize.report import cache_cells, quality_cells, rich_table
+from linearize.head_scores import ProbeScores
+from linearize.recipe import Measure
+from linearize.report import (
+    answer_cells,
+    cache_cells,
+    quality_cells,
+    rich_table,
+    speed_cells,
+    text_cells,
+    verdicts,
+)
 from linearize.report.table import number, small
 
 
@@ -26,6 +37,9 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class RunDisplay:
@@ -46,6 +60,9 @@ class RunDisplay:
         if kind == "step":
             self._step(event)
             return
+        if kind == "probe step" and self._progress is not None:
+            self._progress.update(self._task, completed=event["done"], total=event["total"])
+            return
         self.close()
         if kind == "load":
             self.console.print(f"Loading {escape(event['model'])}")
@@ -60,6 +77,12 @@ class RunDisplay:
                 self.console.print(f"{escape(event['stage'])}: all {event['steps']} steps were done before")
             else:
                 self._start(event["stage"], event["steps"])
+        elif kind == "probe":
+            self.console.print(f"Probing what each KV head of {escape(event['name'])} is worth")
+            self._start("layers", None)
+        elif kind == "probed":
+            heads = " ".join(f"({layer},{head})" for layer, head in event["heads"])
+            self.console.print(f"Exact KV heads (layer, head): {heads or 'none'}")
         elif kind == "save":
             self.console.print("Writing the checkpoint and the report")
 
@@ -69,7 +92,7 @@ class RunDisplay:
             self._progress.stop()
             self._progress = None
 
-    def _start(self, stage: str, steps: int) -> None:
+    def _start(self, stage: str, steps: int | None) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -85,7 +108,21 @@ class RunDisplay:
     def _step(self, event: dict[str, Any]) -> None:
         if self._progress is not None:
             loss, speed = small(event["loss"]), number(event["tokens_per_second"])
-            self._progress.update(self._task, completed=event["step"], loss=loss, speed=speed)
+            self._progress.update(self._task, completed=event["step"], total=event["steps"], loss=loss, speed=speed)
+
+
+def probe_table(scores: ProbeScores, count: int = 10) -> Table:
+    """Return the heads that are worst to lose, by each measure of the probe."""
+    table = Table("", *MEASURES, title=f"{escape(scores.model)}: (layer, KV head) worst to lose first")
+    ranked = {by: scores.rank_heads(by)[:count] for by in MEASURES}
+    values = {(unit.layer, unit.head): unit for unit in scores.heads()}
+    for place in range(min(count, len(values))):
+        cells = [(ranked[by][place], by) for by in MEASURES]
+        table.add_row(
+            str(place + 1),
+            *(f"({pair[0]},{pair[1]})  {small(getattr(values[pair], by))}" for pair, by in cells),
+        )
+    return table
 
 
 def show_results(results: dict[str, Any], output: Path, console: Console | None = None) -> None:
@@ -105,6 +142,29 @@ def show_results(results: dict[str, Any], output: Path, console: Console | None 
         if who in samples:
             console.print(f"[bold]{who}[/bold]: {escape(samples.get('prompt', ''))}[dim]{escape(samples[who])}[/dim]")
     console.print(f"Checkpoint: {escape(str(output))}   report: {escape(str(output / 'report.html'))}")
+
+
+def show_evaluation(results: dict[str, Any], output: Path, console: Console | None = None) -> None:
+    """Print an evaluation: its table, speed where it was measured, and what the memory is worth.
+
+    Args:
+        results: as in `eval.json`.
+        output: where it lies.
+        console: where to; the terminal by default.
+    """
+    console = console or terminal()
+    title = f"{results['name']}: {results['model']}, recipe {results['recipe']}, suite {results['suite']['name']}"
+    console.print(rich_table(text_cells(results), escape(title)))
+    parts = {
+        "Per cent right: recall and generation with 95 % intervals, tasks with standard errors": answer_cells(results),
+        "Speed and memory": speed_cells(results),
+    }
+    for name, cells in parts.items():
+        if cells.rows:
+            console.print(rich_table(cells, name))
+    for sentence in verdicts(results):
+        console.print(escape(sentence))
+    console.print(f"Report: {escape(str(output / 'eval.md'))}")
 
 
 def _row_words(row: dict[str, Any]) -> str:

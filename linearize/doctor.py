@@ -66,6 +66,20 @@ def _delta(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return gated_delta_rule(q, k, v, k[..., 0].sigmoid(), _decay(k), l2norm=True).o
 
 
+def _hybrid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.hybrid import hybrid_attention
+
+    out = hybrid_attention(q, k, v, _decay(k), window=16, memory_q=q.softmax(-1), memory_k=k.softmax(-1))
+    return out.window + out.memory
+
+
+def _scan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from linearize.kernels.scan import selective_scan
+
+    rate = torch.arange(1, 9, device=v.device, dtype=v.dtype).expand(v.shape[2], v.shape[3], 8)
+    return selective_scan(q, k, v, torch.nn.functional.softplus(v) / 4, rate).o
+
+
 def _step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from linearize.kernels.gated_linear import gated_linear_step
 
@@ -85,7 +99,9 @@ OPS: dict[str, tuple[Run, Run]] = {
     "gated_linear": (_gated_linear, _gated_linear),
     "bidirectional": (_bidirectional, _bidirectional),
     "window": (_window, _window),
+    "hybrid": (_hybrid, _hybrid),
     "delta": (_delta, _delta),
+    "scan": (_scan, _scan),
     "step": (_step, _gated_linear),
 }
 

@@ -14,9 +14,19 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
+from linearize.head_scores import ProbeScores, choose_heads, choose_layers
 from linearize.modeling import auto_class
 from linearize.modeling.classes import family_of
-from linearize.recipe import TRAINED_PROJECTIONS, AnyStage, Distill, Recipe, Transfer
+from linearize.recipe import (
+    TRAINED_PROJECTIONS,
+    AnyStage,
+    Distill,
+    ExactHeads,
+    Probe,
+    Recipe,
+    SoftmaxLayers,
+    Transfer,
+)
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
 
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONTEXTS = (1024, 8192, 65536)
+BUDGET_CONTEXT = 8192  # where a share of the teacher's cache is taken
 # AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
 TRAIN_BYTES = 16
 INNER_SIZES = ("intermediate_size", "ffn_hidden_size", "n_inner")
@@ -57,11 +68,12 @@ class StagePlan:
     """One stage: its tokens and optimizer steps, and how many parameters train.
 
     Attributes:
-        name: `transfer`, `finetune` or `distill`.
+        name: of the kind of stage.
         tokens: the budget.
         steps: optimizer steps that it takes.
         trained: parameters.
-        memory: estimated peak bytes, weights included.
+        memory: estimated peak bytes, weights included, a copy of the teacher's where one is loaded beside them,
+            and the hidden states that `order: layerwise` keeps on the CPU.
     """
 
     name: str
@@ -76,15 +88,17 @@ class Plan:
     """What a run does. `linearize plan` prints it, and the run carries out the same object.
 
     Attributes:
-        recipe: with all overrides applied.
+        recipe: with all overrides applied; `probed` while layers or heads are still to be chosen.
         model: the teacher's name.
-        layers: one entry a layer.
+        layers: one entry a layer; layers that a probe is to choose are shown evenly spread, heads not at all.
         stages: in order.
         parameters: of the teacher.
         mixer_parameters: new ones.
         memory: estimated peak bytes over the stages.
         disk: bytes that the run and its output folder need.
         cache: tokens of context -> bytes of the teacher's and of the student's cache, for one row; empty for encoders.
+        exact_heads: how many KV heads of converted layers keep full softmax.
+        cache_share: the student's cache over the teacher's in bf16, at 8,192 tokens; 1 for encoders.
     """
 
     recipe: Recipe
@@ -96,6 +110,8 @@ class Plan:
     memory: int
     disk: int
     cache: dict[int, tuple[int, int]]
+    exact_heads: int = 0
+    cache_share: float = 1.0
 
     def render(self) -> RenderableType:
         """Return the plan as rich tables."""
@@ -124,27 +140,114 @@ def make_plan(
     family.check(config)
     _check_direction(recipe, config)
     _check_length(recipe, config)
-    _check_layers(recipe, config)
-    _check_distill(recipe, config)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    asked, recipe = recipe, place_heads(recipe, config, dtype)
+    _check_layers(recipe, config)
     with torch.device("meta"):
         network = auto_class(config.model_type).from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
-    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.stages)))
+    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
+    answers = sum(_kept_bytes(stage, recipe.data.length) for _, stage in recipe.schedule())
+    undecided = isinstance(asked.exact_heads, ExactHeads)
+    shown = recipe.model_copy(update={"exact_heads": []}) if undecided else recipe
     return Plan(
-        recipe=recipe,
+        recipe=asked,
         model=model,
-        layers=tuple(_layers(recipe, config)),
+        layers=tuple(_layers(shown, config)),
         stages=stages,
         parameters=parameters,
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
-        disk=weights + 2 * checkpoint + SMALL_FILES,
+        disk=weights + 2 * checkpoint + answers + SMALL_FILES,
         cache={c: _cache_bytes(recipe, config, mixers, c, dtype) for c in CONTEXTS} if family.causal else {},
+        exact_heads=len(_pairs(recipe)),
+        cache_share=_cache_share(recipe, config, mixers, dtype) if family.causal else 1.0,
     )
+
+
+def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:
+    """Return the recipe with the layers and heads that the probe chose, as lists.
+
+    Raises:
+        LinearizeError: the scores are another model's, or the recipe's numbers do not fit the model.
+    """
+    scores.check(config, recipe, recipe.probe.file or "The probe")
+    recipe = choose_layers(recipe, scores, family_of(config).convertible(config))
+    return choose_heads(recipe, scores, count_heads(recipe, config, dtype), converted_layers(recipe, config))
+
+
+def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
+    """Return whether a probe has anything to choose: layers, or some but not all of the heads."""
+    if not isinstance(recipe.exact_heads, ExactHeads):
+        return recipe.probed
+    heads = len(converted_layers(recipe, config)) * _groups(config)
+    by_layer = isinstance(recipe.layers, SoftmaxLayers) and recipe.layers.by is not None
+    return by_layer or 0 < count_heads(recipe, config, dtype) < heads
+
+
+def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:
+    """Return the recipe with as many exact heads as it will have, in places that stand in for those of the probe."""
+    if not isinstance(recipe.exact_heads, ExactHeads):
+        return recipe
+    layers = converted_layers(recipe, config)
+    places = [(layer, head) for head in range(_groups(config)) for layer in layers]
+    chosen = places[: count_heads(recipe, config, dtype)]
+    return recipe.model_copy(update={"exact_heads": chosen, "probe": Probe()})
+
+
+def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Return how many KV heads a recipe keeps exact; a cache budget buys as many as fit.
+
+    Raises:
+        LinearizeError: there are fewer heads than it keeps, or the rest of the cache is beyond the budget.
+    """
+    asked = recipe.exact_heads
+    if not isinstance(asked, ExactHeads):
+        return len(asked)
+    layers = converted_layers(recipe, config)
+    heads = len(layers) * _groups(config)
+    if asked.keep is not None:
+        if asked.keep > heads:
+            raise LinearizeError(f"`exact_heads.keep` is {asked.keep}; the converted layers have {heads} KV heads.")
+        return asked.keep
+    assert asked.cache is not None
+    none, one = (_share_of(recipe, config, dtype, pairs) for pairs in ([], [(layers[0], 0)]))
+    if none > asked.cache:
+        raise LinearizeError(
+            f"`exact_heads.cache` is {asked.cache:.1%} of the teacher's cache at {BUDGET_CONTEXT:,} tokens, and "
+            f"without any exact head this recipe's has {none:.1%} already, in {str(dtype).removeprefix('torch.')}. "
+            "Take a smaller window or memory, or a larger share."
+        )
+    return heads if one <= none else min(heads, int((asked.cache - none) / (one - none) + 1e-9))
+
+
+def _share_of(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, pairs: list[tuple[int, int]]) -> float:
+    """Return the share of the cache with these exact heads."""
+    recipe = recipe.model_copy(update={"exact_heads": pairs})
+    with torch.device("meta"):
+        network = auto_class(config.model_type).from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
+        mixers = _convert(recipe, network)
+    return _cache_share(recipe, config, mixers, dtype)
+
+
+def _cache_share(recipe: Recipe, config: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> float:
+    """Return the cache's bytes over those of the teacher's in bf16."""
+    teacher, student = _cache_bytes(recipe, config, mixers, BUDGET_CONTEXT, dtype)
+    return student * dtype.itemsize / (teacher * torch.bfloat16.itemsize)
+
+
+def _groups(config: Any) -> int:
+    """The KV heads of a layer."""
+    return int(family_of(config).heads(None, config)[1])
+
+
+def _pairs(recipe: Recipe) -> list[tuple[int, int]]:
+    """The recipe's exact heads, which are a list by now."""
+    assert isinstance(recipe.exact_heads, list)
+    return recipe.exact_heads
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -206,9 +309,9 @@ def converted_layers(recipe: Recipe, config: Any) -> list[int]:
 
 
 def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
-    count, groups = config.num_hidden_layers, family_of(config).heads(None, config)[1]
+    count, groups = config.num_hidden_layers, _groups(config)
     converted = converted_layers(recipe, config)
-    for layer, head in recipe.exact_heads:
+    for layer, head in _pairs(recipe):
         if layer >= count:
             raise LinearizeError(f"`exact_heads` names layer {layer}; the model has layers 0 to {count - 1}.")
         if head >= groups:
@@ -221,17 +324,9 @@ def _check_layers(recipe: Recipe, config: PretrainedConfig) -> None:
             )
 
 
-def _check_distill(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Raise where a stage before a distill stage trains adapters on layers that its teacher and the student share."""
-    shared = recipe.mixer is not None and len(converted_layers(recipe, config)) < config.num_hidden_layers
-    adapted = False
-    for index, stage in enumerate(recipe.stages):
-        if isinstance(stage, Distill) and adapted and shared:
-            raise LinearizeError(
-                f"`stages.{index}` (distill) stands behind LoRA on all layers, but some of this model's layers stay "
-                "softmax, and those its teacher shares; train LoRA behind the distill stage, or in it."
-            )
-        adapted |= not isinstance(stage, Transfer) and stage.train == "lora"
+def needs_teacher_copy(recipe: Recipe, config: Any, index: int) -> bool:
+    """Return whether stage `index` of the schedule needs the teacher anew; see `Recipe.needs_teacher_copy`."""
+    return recipe.needs_teacher_copy(index, len(converted_layers(recipe, config)) == config.num_hidden_layers)
 
 
 def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
@@ -241,7 +336,7 @@ def _convert(recipe: Recipe, network: Any) -> dict[int, nn.Module]:
     if recipe.mixer is None:
         return {}
     layers = converted_layers(recipe, network.config)
-    surgery = convert(network, recipe.mixer.model_dump(), layers, list(recipe.exact_heads))
+    surgery = convert(network, recipe.mixer.model_dump(), layers, _pairs(recipe))
     decoder = network.get_decoder()
     family = family_of(network.config)
     found = {index: family.module(decoder, index).mixer for index in surgery.teachers}
@@ -257,8 +352,8 @@ def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
             continue
         memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)
         window, sinks = (mixer.window.size, mixer.window.sinks) if mixer.window else (0, 0)
-        exact = tuple(sorted(head for layer, head in recipe.exact_heads if layer == index))
-        if len(exact) == family_of(config).heads(None, config)[1]:
+        exact = tuple(sorted(head for layer, head in _pairs(recipe) if layer == index))
+        if len(exact) == _groups(config):
             window, sinks, memory = 0, 0, ""
         yield LayerPlan(index, "converted", exact, window, sinks, memory)
 
@@ -270,19 +365,33 @@ def _memory_words(recipe: Recipe) -> str:
 
 
 def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> StagePlan:
-    stage = recipe.stages[index]
+    turn, stage = recipe.schedule()[index]
+    if recipe.mixer is not None:
+        layers = converted_layers(recipe, network.config)
+        first = turn if isinstance(stage, Transfer) else 0
+        joined = [layer for earlier in range(first, turn + 1) for layer in recipe.joining(layers, earlier)]
+        mixers = {layer: mixer for layer, mixer in mixers.items() if layer in joined}
     trained = _trained(stage, network, mixers)
     if not trained:
         raise LinearizeError(
             f"`stages.{index}` ({stage.stage}) trains nothing: its `train: {stage.train}` finds no parameter in this "
             "mixer. Drop the stage, or train LoRA deltas (`train: qkvo`)."
         )
+    if isinstance(stage, Transfer) and stage.maps:
+        from linearize.stages.maps import check_map
+
+        for mixer in mixers.values():
+            check_map(mixer)
     length = recipe.data.length
     steps = stage.steps(length)
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     rows = (stage.micro_batch or stage.batch) * length
     activations = rows * _activation_bytes(stage, network.config, dtype)
-    return StagePlan(stage.stage, stage.tokens, steps, trained, weights + trained * TRAIN_BYTES + activations)
+    copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
+    memory = weights * (2 if copied else 1) + trained * TRAIN_BYTES + activations
+    if isinstance(stage, Transfer):
+        memory += _transfer_bytes(stage, network.config, dtype, rows, length)
+    return StagePlan(stage.stage, stage.tokens, steps, trained, memory)
 
 
 def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
@@ -318,11 +427,27 @@ def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
     # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
     layer = int((13 * config.hidden_size + 4 * inner) * dtype.itemsize)
     if isinstance(stage, Transfer):
-        return layer
+        return layer * stage.block
     vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
     kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
     logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
-    return int(kept + logits)
+    aligned = 4 * vectors if isinstance(stage, Distill) and stage.hidden else 0
+    return int(kept + logits + aligned)
+
+
+def _transfer_bytes(stage: Transfer, config: Any, dtype: torch.dtype, tokens: int, length: int) -> int:
+    """Return the estimated bytes of attention maps, and of the hidden states of all rows that `layerwise` keeps."""
+    # Both maps, what the softmax and the logarithm keep, and their gradients, in fp32.
+    maps = 6 * 4 * tokens * length * config.num_attention_heads if stage.maps else 0
+    kept = stage.steps(length) * stage.batch * length * config.hidden_size * dtype.itemsize
+    return maps + (kept if stage.order == "layerwise" else 0)
+
+
+def _kept_bytes(stage: AnyStage, length: int) -> int:
+    """Return the most bytes that the teacher's likeliest tokens take on the disk: index and log-probability each."""
+    if not isinstance(stage, Distill) or not stage.cache:
+        return 0
+    return stage.steps(length) * stage.batch * length * 8 * ((stage.top_k or 0) + 1)
 
 
 def _cache_bytes(
@@ -333,7 +458,7 @@ def _cache_bytes(
     _, groups, head_dim = family.heads(None, config)
     pair = 2 * head_dim * dtype.itemsize
     exact: dict[int, int] = {}
-    for layer, _ in recipe.exact_heads:
+    for layer, _ in _pairs(recipe):
         exact[layer] = exact.get(layer, 0) + 1
     converted = set(mixers) | set(exact)
     sizes: dict[int, int] = {}
@@ -387,10 +512,22 @@ def _summary(plan: Plan) -> RenderableType:
     lines = [
         f"{plan.model} with recipe {plan.recipe.name}: {len(plan.layers)} layers, {converted} converted",
         f"parameters {plan.parameters:,} + {plan.mixer_parameters:,} in the mixers",
+        *_exact_words(plan),
         f"memory about {format_bytes(plan.memory)} (estimate), disk {format_bytes(plan.disk)}",
         f"data {plan.recipe.data.source}, rows of {plan.recipe.data.length} tokens",
     ]
     return Text("\n".join(lines))
+
+
+def _exact_words(plan: Plan) -> Iterator[str]:
+    """What keeps full softmax inside converted layers, who chooses it, and what the cache comes to."""
+    recipe = plan.recipe
+    if plan.exact_heads or isinstance(recipe.exact_heads, ExactHeads):
+        by = f", chosen by {recipe.exact_heads.by}" if isinstance(recipe.exact_heads, ExactHeads) else ""
+        cache = f"; cache {plan.cache_share:.1%} of the teacher's in bf16 at 8K" if plan.cache else ""
+        yield f"exact KV heads {plan.exact_heads}{by}{cache}"
+    if recipe.probed:
+        yield "a probe of the teacher chooses before surgery (`linearize probe` alone; then probe.file=.../probe.json)"
 
 
 def _layer_table(plan: Plan) -> RenderableType:

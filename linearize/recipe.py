@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from linearize import yaml_io
 from linearize.errors import LinearizeError, UnknownNameError
@@ -42,10 +42,44 @@ class Part(BaseModel):
 
 
 class Window(Strict):
-    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document."""
+    """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document.
+
+    Args:
+        kind: `sliding`, or `terrace`: blocks of `size` tokens, of which a token sees its own up to itself and the one
+            before (LoLCATs as it trains). A terrace has no sinks.
+    """
 
     size: int = Field(64, ge=1)
     sinks: int = Field(0, ge=0)
+    kind: Literal["sliding", "terrace"] = "sliding"
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.kind == "terrace" and self.sinks:
+            raise ValueError("`kind: terrace` has no sinks; set `sinks: 0`, or `kind: sliding`")
+        return self
+
+
+class Conv(Strict):
+    """A causal depthwise convolution on what the memory reads. In YAML `4` is short for `{taps: 4}`.
+
+    Args:
+        taps: tokens that it mixes, its own included.
+        inputs: `qkv`, the queries, keys and values by the teacher's heads; or `v`, the values alone by the memory's
+            heads (Mamba-1).
+        activation: behind it; `silu` in Mamba.
+        identity: start as the identity. Mamba's start is random.
+    """
+
+    taps: int = Field(4, ge=2)
+    inputs: Literal["qkv", "v"] = "qkv"
+    activation: Literal["none", "silu"] = "none"
+    identity: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"taps": value} if isinstance(value, int) else value
 
 
 class Mixer(Strict):
@@ -56,11 +90,13 @@ class Mixer(Strict):
             or their features are what is rotated (`features`, SUPRA).
         normalize: divide the memory's output by the sum of its weights.
         overlap: the memory also covers the tokens inside the window; if false, window and memory are disjoint.
-        output_norm: norm per head on the memory's output: RMS norm with a learned scale (true), or group norm without
-            one (`group`, SUPRA).
-        output_gate: multiply the mixer's output by a learned gate of the layer's input.
-        conv: taps of a causal depthwise convolution on the q, k and v that the memory reads, started as the identity.
-        k_map_heads: one key feature map per KV head, or one per query head (LoLCATs to the letter).
+        output_norm: norm per head on the memory's output: RMS norm with a learned scale that the heads share (true) or
+            that each has its own of (`per_head`, Mamba-2), or group norm without one (`group`, SUPRA).
+        output_gate: multiply by a learned gate of the layer's input: the mixer's output by its sigmoid, started open
+            (true), or the memory's, before the norm, by its SiLU (`silu`, Mamba).
+        conv: a causal depthwise convolution on the q, k and v that the memory reads.
+        k_map_heads: the memory, with its key feature map, gate and state, is one per KV head, or one per query head
+            (LoLCATs and The Mamba in the Llama to the letter).
     """
 
     feature_map: Part = Part(name="identity")
@@ -71,9 +107,9 @@ class Mixer(Strict):
     rotary: bool | Literal["features"] = False
     normalize: bool = False
     overlap: bool = True
-    output_norm: bool | Literal["group"] = False
-    output_gate: bool = False
-    conv: int | None = Field(None, ge=2)
+    output_norm: bool | Literal["group", "per_head"] = False
+    output_gate: bool | Literal["silu"] = False
+    conv: Conv | None = None
     k_map_heads: Literal["kv", "query"] = "kv"
 
 
@@ -82,9 +118,17 @@ Pair: TypeAlias = Annotated[tuple[NonNegative, NonNegative], Field(strict=False)
 
 
 class Optimizer(Strict):
-    """AdamW and its schedule. `warmup` and the cosine are fractions of the stage's steps."""
+    """AdamW and its schedule. `warmup` and the cosine are fractions of the stage's steps.
+
+    Args:
+        lr: learning rate.
+        mixer_lr: learning rate of the mixers' own parameters, on the same schedule; `lr` then serves all others.
+        schedule: `plateau` lowers the rate tenfold where the held-out loss stays, down to `min_lr`.
+        clip: largest norm of the gradients; null leaves them.
+    """
 
     lr: float = Field(1e-3, gt=0)
+    mixer_lr: float | None = Field(None, gt=0)
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)
     min_lr: float = Field(0.0, ge=0)
@@ -94,8 +138,9 @@ class Optimizer(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+        for name, rate in (("lr", self.lr), ("mixer_lr", self.mixer_lr)):
+            if rate is not None and self.min_lr > rate:
+                raise ValueError(f"min_lr ({self.min_lr:g}) is above {name} ({rate:g})")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         return self
@@ -137,6 +182,10 @@ TRAINED_PROJECTIONS: dict[str, list[str]] = {
 }
 
 
+# Rows up to which attention maps may be compared.
+MAP_TOKENS = 1024
+
+
 class Transfer(Stage):
     """Attention transfer: each mixer learns its own layer's attention output, layers isolated from each other.
 
@@ -145,6 +194,12 @@ class Transfer(Stage):
         target: compare before or after the output projection.
         loss: squared error, as it is or divided by the target's mean square.
         scale: factor on the loss (LoLCATs: 1000).
+        maps: factor on the cross-entropy between the teacher's and the mixer's attention maps, for rows of 1,024 tokens
+            at most (LoLCATs: 0, at 405B 1).
+        patience: a layer stops once its held-out loss, measured every 100 steps, has not fallen so many times in a row.
+        block: layers of a block; the student's hidden states pass through it, and each begins with the teacher's.
+        order: all layers `together`, or `layerwise`: one block after the other with all of its tokens, from the
+            teacher's hidden states, which are kept in memory. The same result, and one block at work.
     """
 
     stage: Literal["transfer"] = "transfer"
@@ -152,6 +207,10 @@ class Transfer(Stage):
     target: Literal["before_o_proj", "after_o_proj"] = "before_o_proj"
     loss: Literal["mse", "normalized_mse"] = "normalized_mse"
     scale: float = Field(1.0, gt=0)
+    maps: float = Field(0.0, ge=0)
+    patience: int | None = Field(None, ge=1)
+    block: int = Field(1, ge=1)
+    order: Literal["together", "layerwise"] = "together"
     lora: Lora = Lora()
 
     @model_validator(mode="after")
@@ -160,86 +219,145 @@ class Transfer(Stage):
             raise ValueError(
                 "`lora` is set but `train: mixer` has no adapters; use `train: qk` or `qkvo`, or drop `lora`"
             )
+        if self.train == "mixer" and self.optimizer.mixer_lr is not None:
+            raise ValueError("`optimizer.mixer_lr` has no effect: mixers alone train; give `lr`")
         return self
-
-
-class Finetune(Stage):
-    """Next-token cross-entropy with LoRA adapters (merged at the end) or on all parameters.
-
-    Args:
-        train: `lora` or `full`.
-        train_mixer: the mixers' own parameters train too.
-        z_loss: factor on the squared log-sum-exp of the logits, which keeps them from drifting (PaLM: 1e-4).
-        gradient_checkpointing: recompute activations in the backward pass; changes memory only.
-    """
-
-    stage: Literal["finetune"] = "finetune"
-    train: Literal["lora", "full"] = "lora"
-    train_mixer: bool = False
-    z_loss: float = Field(0.0, ge=0)
-    lora: Lora = Lora()
-    gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
-    def _check_lora(self) -> Self:
-        if self.train == "full" and self.lora != Lora():
-            raise ValueError("`lora` is set but `train: full` has no adapters; use `train: lora`, or drop `lora`")
+    def _check_order(self) -> Self:
+        if self.maps and self.block > 1:
+            raise ValueError("`maps` compares layers on the teacher's input; it needs `block: 1`")
+        if self.order == "layerwise" and (self.patience is not None or self.optimizer.schedule == "plateau"):
+            raise ValueError(
+                "`order: layerwise` has no held-out loss of all layers; use `order: together`, or drop `patience` and "
+                "`schedule: plateau`"
+            )
         return self
 
 
-class Distill(Stage):
-    """End-to-end distillation: the student's next-token distribution is brought to the teacher's.
-
-    The loss is the mean over the labelled tokens of `kl * temperature^2 * KL + cross_entropy * CE`, where both
-    distributions are taken at `temperature` (Hinton et al., arXiv:1503.02531). The teacher is the same model with the
-    attention that was replaced, so its weights must not train.
+class EndToEnd(Stage):
+    """What the stages that train the whole model have in common.
 
     Args:
-        train: `lora` adapters, or the `mixer`s' own parameters alone.
-        train_mixer: the mixers' own parameters train too.
-        divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
-        temperature: divides the logits of both.
-        kl: factor on the divergence.
-        cross_entropy: factor on the cross-entropy of the labels.
+        train: LoRA adapters (merged at the end), the `mixer`s' own parameters alone, or all parameters (`full`).
+        train_mixer: the mixers' own parameters train beside the adapters.
         gradient_checkpointing: recompute activations in the backward pass; changes memory only.
     """
 
-    stage: Literal["distill"] = "distill"
     train: Literal["lora", "mixer", "full"] = "lora"
     train_mixer: bool = True
-    divergence: Literal["forward", "reverse"] = "forward"
-    temperature: float = Field(1.0, gt=0)
-    kl: float = Field(1.0, gt=0)
-    cross_entropy: float = Field(0.0, ge=0)
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _check_train(self) -> Self:
-        if self.train == "full":
+        if self.train != "lora" and self.lora != Lora():
             raise ValueError(
-                "`train: full` would move the teacher, whose weights the student shares; use `train: lora` or `mixer`"
+                f"`lora` is set but `train: {self.train}` has no adapters; use `train: lora`, or drop `lora`"
             )
-        if self.train == "mixer" and self.lora != Lora():
-            raise ValueError("`lora` is set but `train: mixer` has no adapters; use `train: lora`, or drop `lora`")
         if self.train == "mixer" and not self.train_mixer:
             raise ValueError("`train: mixer` with `train_mixer: false` trains nothing")
+        if self.optimizer.mixer_lr is not None and (
+            self.train == "mixer" or (self.train == "lora" and not self.train_mixer)
+        ):
+            what = "mixers alone train; give `lr`" if self.train == "mixer" else "`train_mixer` is false"
+            raise ValueError(f"`optimizer.mixer_lr` has no effect: {what}")
         return self
 
 
-AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill, Field(discriminator="stage")]
+class Finetune(EndToEnd):
+    """Next-token cross-entropy.
+
+    Args:
+        z_loss: factor on the squared log-sum-exp of the logits, which keeps them from drifting (PaLM: 1e-4).
+    """
+
+    stage: Literal["finetune"] = "finetune"
+    train_mixer: bool = False
+    z_loss: float = Field(0.0, ge=0)
+
+
+class Distill(EndToEnd):
+    """End-to-end distillation: the student's next-token distribution is brought to the teacher's.
+
+    The loss is the mean over the labelled tokens of `kl * temperature^2 * KL + cross_entropy * CE + hidden * D`, where
+    both distributions are taken at `temperature` (Hinton et al., arXiv:1503.02531). The teacher is the student's own
+    model with the attention that was replaced; where those weights train, or did before, it is loaded a second time.
+
+    Args:
+        divergence: `forward` is KL(teacher || student), `reverse` KL(student || teacher).
+        temperature: divides the logits of both.
+        kl: factor on the divergence.
+        top_k: compare the teacher's k likeliest tokens, and all others as one: never above the whole divergence, and
+            equal to it where k is the vocabulary. Null compares the whole vocabulary.
+        cross_entropy: factor on the cross-entropy of the labels.
+        hidden: factor on D, the squared distance of each layer's output from the teacher's over the teacher's squared
+            norm, mean over layers.
+        teacher_device: where a copy of the teacher runs, such as `cuda:1`.
+        cache: run the teacher before the stage and keep its `top_k` log-probabilities on the disk.
+    """
+
+    stage: Literal["distill"] = "distill"
+    divergence: Literal["forward", "reverse"] = "forward"
+    temperature: float = Field(1.0, gt=0)
+    kl: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1)
+    cross_entropy: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+    teacher_device: str | None = None
+    cache: bool = False
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache and self.top_k is None:
+            raise ValueError("`cache: true` keeps the teacher's likeliest tokens; say how many, such as `top_k: 64`")
+        if self.cache and self.hidden:
+            raise ValueError("`hidden` needs the teacher's layers, and `cache: true` keeps its logits alone")
+        return self
+
+
+class Preference(EndToEnd):
+    """Direct preference optimization with the teacher as reference (DPO, arXiv:2305.18290, eq. 7).
+
+    The loss of a pair is `-log sigmoid(beta * (r(chosen) - r(rejected)))`, where r is the student's log-probability
+    less the teacher's, summed over the answer's tokens. A pair is one row: each answer, with its prompt, has half of
+    `data.length`.
+
+    Args:
+        beta: how far the student may move from the teacher; small is far.
+        source: `builtin`, a file, a folder or a hub id, with rows of `prompt`, `chosen` and `rejected`: strings, or
+            lists of messages. `builtin` prefers a true continuation to its words in random order.
+        split: of the source.
+        format: `text` joins prompt and answer, `chat` writes them through the chat template; `auto` takes strings as
+            text and messages as chat.
+    """
+
+    stage: Literal["preference"] = "preference"
+    beta: float = Field(0.1, gt=0)
+    source: str = "builtin"
+    split: str = "train"
+    format: Literal["auto", "text", "chat"] = "auto"
+
+
+AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill | Preference, Field(discriminator="stage")]
+
+
+# What the probe measures where a layer or a KV head gives up exact softmax (`linearize.probe`).
+Measure: TypeAlias = Literal["recall", "kl", "transfer", "halo"]
 
 
 class SoftmaxLayers(Strict):
-    """Which layers stay softmax, spread evenly over the model; all others are converted. Exactly one is given.
+    """Which layers stay softmax, all others are converted. `every` or `keep` is given, not both.
 
     Args:
         every: the last layer of each `every` (Liger-H: 8); none in a model of fewer.
         keep: share of the layers.
+        by: the probe's measure by which `keep` chooses; spread evenly over the model without it.
     """
 
     every: int | None = Field(None, ge=2)
     keep: float | None = Field(None, gt=0, lt=1)
+    by: Measure | None = None
 
     def kept(self, count: int) -> list[int]:
         """Return the layers that stay softmax in a model of `count` layers; the last of each of the equal parts."""
@@ -248,6 +366,48 @@ class SoftmaxLayers(Strict):
         assert self.keep is not None
         parts = round(self.keep * count)
         return [(part + 1) * count // parts - 1 for part in range(parts)]
+
+
+class ExactHeads(Strict):
+    """How many KV heads keep full softmax attention, and by which of the probe's measures. `keep` or `cache` is given.
+
+    Args:
+        keep: how many heads of the converted layers.
+        cache: as many as fit: the largest share of the teacher's bf16 KV cache that the whole cache may have at 8,192
+            tokens of one row, in the run's dtype; `10%` or 0.1.
+        by: what a head is chosen by (`linearize.probe`): the drop of the answer's log-probability on recall samples,
+            the divergence from the teacher, the error of the layer's output, or HALO's ratio of recall to language.
+    """
+
+    keep: int | None = Field(None, ge=1)
+    cache: float | None = Field(None, gt=0, lt=1)
+    by: Measure = "recall"
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.endswith("%"):
+            try:
+                return float(value[:-1]) / 100
+            except ValueError:
+                return value
+        return value
+
+
+class Probe(Strict):
+    """The samples on which `by: ...` scores heads and layers, or the file that holds the scores.
+
+    Args:
+        tasks: recall tasks (`linearize.eval.recall`).
+        lengths: tokens of a sample; 2, 4 and 8 windows (256 at least) by default, up to `data.length`.
+        samples: of each task and length.
+        file: a probe.json of `linearize probe`; scored anew without it.
+    """
+
+    tasks: list[str] = Field(["passkey", "multikey_niah"], min_length=1)
+    lengths: list[Annotated[int, Field(ge=32)]] | None = Field(None, min_length=1)
+    samples: int = Field(4, ge=1)
+    file: str | None = None
 
 
 class Data(Strict):
@@ -272,7 +432,9 @@ class Data(Strict):
 
 
 class Quick(Strict):
-    """What `--quick` changes, so that the whole recipe runs on a CPU in minutes: builtin data and these sizes."""
+    """What `--quick` changes, so that the whole recipe runs on a CPU in minutes: builtin data, these sizes, and one
+    sample of the probe for each task and length.
+    """
 
     tokens: int = Field(40_000, ge=1)
     length: int = Field(512, ge=8)
@@ -289,8 +451,13 @@ class Recipe(Strict):
             stages predict masked tokens.
         mixer: what replaces attention; null leaves the teacher as it is (the softmax control).
         layers: which layers are converted: all, a list, or all but those of `{every: 8}` or `{keep: 0.25}`.
-        exact_heads: (layer, KV head) pairs that keep full softmax attention and a growing cache.
+        exact_heads: what keeps full softmax attention and a growing cache: (layer, KV head) pairs, or how many a probe
+            chooses, `{cache: 10%, by: recall}`.
+        probe: how a `by` in `layers` or `exact_heads` is scored.
         stages: what recovers the quality, in order.
+        progressive: rounds of conversion (The Mamba in the Llama, arXiv:2408.15237): every round replaces an equal
+            share of the layers, spread over the model, and runs all stages but `preference`, each with an equal share
+            of its tokens. What is replaced in a later round is the model as trained by then.
     """
 
     name: str = Field(min_length=1)
@@ -299,8 +466,10 @@ class Recipe(Strict):
     causal: bool = True
     mixer: Mixer | None = Mixer()
     layers: Literal["all"] | list[NonNegative] | SoftmaxLayers = "all"
-    exact_heads: list[Pair] = []
+    exact_heads: list[Pair] | ExactHeads = []
+    probe: Probe = Probe()
     stages: list[AnyStage] = []
+    progressive: int = Field(1, ge=1)
     data: Data = Data()
     quick: Quick = Quick()
 
@@ -309,31 +478,94 @@ class Recipe(Strict):
         self._check_layers()
         self._check_exact_heads()
         self._check_stages()
+        if not self.causal:
+            self._check_encoder()
         return self
 
-    def _check_stages(self) -> None:
-        earlier: list[Finetune | Distill] = []
+    def _check_encoder(self) -> None:
+        if self.probed:
+            raise ValueError("a probe asks for what was read before; with `causal: false` name layers and heads")
         for stage in self.stages:
-            if stage.stage != "finetune" and self.mixer is None:
-                raise ValueError(f"a `{stage.stage}` stage needs a mixer to train, and `mixer` is null")
-            if isinstance(stage, Transfer):
-                if earlier:
-                    raise ValueError(
-                        f"a `transfer` stage stands behind a `{earlier[0].stage}` stage, which has changed its teacher "
-                        "by then"
-                    )
-                continue
-            if isinstance(stage, Distill) and not all(map(self._keeps_teacher, earlier)):
-                raise ValueError(
-                    "a `distill` stage stands behind a stage that changed weights which its teacher shares; before "
-                    "it, train LoRA on q_proj, k_proj, v_proj or o_proj alone, with `layers: all`"
-                )
-            earlier.append(stage)
+            if isinstance(stage, Preference):
+                raise ValueError("a `preference` stage compares continuations, and `causal: false` has none; drop it")
+            if isinstance(stage, Distill) and stage.cache:
+                raise ValueError("`cache: true` keeps answers about rows, which `causal: false` masks anew; drop it")
+            if isinstance(stage, Transfer) and stage.maps:
+                raise ValueError("`maps` are of tokens that see earlier ones alone; drop it with `causal: false`")
 
-    def _keeps_teacher(self, stage: Finetune | Distill) -> bool:
+    def _check_stages(self) -> None:
+        trained = ""
+        for stage in self.stages:
+            if self.mixer is None and stage.stage != "finetune":
+                raise ValueError(f"a `{stage.stage}` stage needs a mixer to train, and `mixer` is null")
+            if self.mixer is None and stage.optimizer.mixer_lr is not None:
+                raise ValueError("`optimizer.mixer_lr` has no effect where `mixer` is null; drop it")
+            if isinstance(stage, Transfer) and stage.maps and self.data.length > MAP_TOKENS:
+                raise ValueError(
+                    f"a `transfer` stage has `maps`, whose memory grows with the square of the row: set `data.length` "
+                    f"({self.data.length}) to {MAP_TOKENS} at most, or drop `maps`"
+                )
+            if stage.stage == "transfer" and trained:
+                raise ValueError(
+                    f"a `transfer` stage stands behind a `{trained}` stage, which has changed its teacher by then"
+                )
+            trained = trained or (stage.stage if stage.stage != "transfer" else "")
+
+        if self.progressive > 1:
+            self._check_progressive()
+
+    def _check_progressive(self) -> None:
+        kinds = [stage.stage for stage in self.stages]
+        if self.mixer is None or set(kinds) <= {"preference"}:
+            raise ValueError("`progressive` repeats the stages that train mixers, and there are none; drop it")
+        if "preference" in kinds and set(kinds[kinds.index("preference") :]) != {"preference"}:
+            raise ValueError("with `progressive`, `preference` stages come last: they run once, behind all rounds")
+
+    def schedule(self) -> list[tuple[int, AnyStage]]:
+        """Return every stage that runs, in order, with the round (from 0) that it runs in."""
+        if self.progressive == 1:
+            return [(0, stage) for stage in self.stages]
+        repeated = [stage for stage in self.stages if stage.stage != "preference"]
+        shares = [stage.model_copy(update={"tokens": max(1, stage.tokens // self.progressive)}) for stage in repeated]
+        rounds = [(turn, share) for turn in range(self.progressive) for share in shares]
+        return rounds + [(self.progressive - 1, stage) for stage in self.stages if stage.stage == "preference"]
+
+    def joining(self, layers: list[int], turn: int) -> list[int]:
+        """Return which of the converted layers are replaced in a round.
+
+        Raises:
+            LinearizeError: there are more rounds than layers.
+        """
+        if len(layers) < self.progressive:
+            raise LinearizeError(f"`progressive` is {self.progressive}, and only {len(layers)} layers are converted.")
+        return layers[turn :: self.progressive]
+
+    def needs_teacher_copy(self, index: int, all_converted: bool = True) -> bool:
+        """Return whether stage `index` of `schedule` needs the teacher anew: its weights train there, or did before.
+
+        Args:
+            index: of the stage.
+            all_converted: no layer of the model stays softmax, which the teacher and the student would share.
+        """
+        stages = [stage for _, stage in self.schedule()]
+        stage = stages[index]
+        if not isinstance(stage, Distill | Preference):
+            return False
+        before = [s for s in stages[:index] if isinstance(s, EndToEnd)]
+        moved = not all(self._keeps_teacher(s, all_converted) for s in before)
+        if isinstance(stage, Preference):  # its teacher runs before the first step, and so does a cached one
+            return moved
+        return moved or stage.teacher_device is not None or (stage.train == "full" and not stage.cache)
+
+    def _keeps_teacher(self, stage: EndToEnd, all_converted: bool) -> bool:
         """Whether a stage changes nothing but converted attention, of which the teacher has its own."""
         if stage.train == "lora":
-            return self.layers == "all" and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+            return (
+                self.progressive == 1
+                and self.layers == "all"
+                and all_converted
+                and set(stage.lora.targets) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+            )
         return stage.train == "mixer"
 
     def _check_layers(self) -> None:
@@ -344,6 +576,8 @@ class Recipe(Strict):
         if isinstance(self.layers, SoftmaxLayers):
             if (self.layers.every is None) == (self.layers.keep is None):
                 raise ValueError("`layers` takes `every` or `keep`, one of them: `{every: 8}` or `{keep: 0.25}`")
+            if self.layers.by is not None and self.layers.keep is None:
+                raise ValueError("`layers.by` chooses for `keep`, and `every` leaves it no choice; drop one of them")
             return
         if not self.layers:
             raise ValueError("`layers` is empty; use `all`, or `mixer: null` to convert nothing")
@@ -353,14 +587,26 @@ class Recipe(Strict):
     def _check_exact_heads(self) -> None:
         if self.mixer is None and self.exact_heads:
             raise ValueError("`exact_heads` has no effect where `mixer` is null; drop it")
+        if self.probe.file is not None and not self.probed:
+            raise ValueError("`probe.file` has no effect where nothing is chosen `by` it: `exact_heads: {keep: 7}`")
+        if isinstance(self.exact_heads, ExactHeads):
+            if (self.exact_heads.keep is None) == (self.exact_heads.cache is None):
+                raise ValueError("`exact_heads` takes `keep` or `cache`, one of them: `{keep: 7}` or `{cache: 10%}`")
+            return
         if len(set(self.exact_heads)) < len(self.exact_heads):
             raise ValueError(f"`exact_heads` repeats a pair: {[list(pair) for pair in self.exact_heads]}")
         for layer, head in self.exact_heads:
             if isinstance(self.layers, list) and layer not in self.layers:
                 raise ValueError(f"`exact_heads` has [{layer}, {head}], but layer {layer} is not among `layers`")
 
+    @property
+    def probed(self) -> bool:
+        """Whether layers or heads are still to be chosen by the probe."""
+        by_layer = isinstance(self.layers, SoftmaxLayers) and self.layers.by is not None
+        return by_layer or isinstance(self.exact_heads, ExactHeads)
+
     def converted_layers(self, count: int) -> list[int]:
-        """Return which layers are converted in a model of `count` layers.
+        """Return which layers are converted in a model of `count` layers; evenly spread while a probe is to choose.
 
         Raises:
             LinearizeError: a named layer does not exist, or the share that stays is no layer or every layer.
@@ -509,6 +755,9 @@ class Recipe(Strict):
         tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
         for stage in tree["stages"]:
             stage["batch"], stage["micro_batch"] = self.quick.batch, 1
+            if stage["stage"] == "preference":
+                stage.update(source="builtin", split="train", format="auto")
+        tree["probe"]["samples"] = 1
         recipe = self.parse(tree, self.name)
         return recipe.with_tokens(self.quick.tokens) if self.stages else recipe
 

@@ -59,7 +59,7 @@ def _phrase(item: dict[str, Any], model: type[BaseModel]) -> str:
         tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
         return f"has the unknown stage {context['tag']!r}.{_near(str(context['tag']), tags)} Known: {', '.join(tags)}"
     if kind == "union_tag_not_found":
-        return "needs a `stage` key that says which stage it is: transfer, finetune or distill"
+        return "needs a `stage` key that says which stage it is: transfer, finetune, distill or preference"
     if kind == "value_error":
         return f"cannot be: {message.removeprefix('Value error, ')}"
     if not message.startswith("Input should be "):

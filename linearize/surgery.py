@@ -31,6 +31,7 @@ class Surgery:
     teachers: dict[int, nn.Module]
     teacher_classes: tuple[type, type, type]
     _orders: dict[int, list[int]] = field(default_factory=dict)
+    _waiting: dict[int, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def installed(self, attention: Mapping[int, nn.Module]) -> Iterator[None]:
@@ -69,6 +70,36 @@ class Surgery:
                 shared = getattr(student, name, None) is child
                 if shared and any(f"{place}.{name}." in key for key in changed):
                     setattr(student, name, copy.deepcopy(child))
+
+    def only(self, layers: Iterable[int]) -> Surgery:
+        """Return the surgery as if it had converted these layers alone; the model is the same object."""
+        chosen = {index: teacher for index, teacher in self.teachers.items() if index in set(layers)}
+        return Surgery(self.model, chosen, self.teacher_classes)
+
+    def activate(self, layers: Iterable[int]) -> None:
+        """Let the model run these of its converted layers as converted, and the others as the teacher does, for now.
+
+        A layer that joins takes over the teacher's projections as they are by then.
+        """
+        decoder, active = self.model.get_decoder(), set(layers)
+        family = family_of(self.model.config)
+        for index, teacher in self.teachers.items():
+            now = family.module(decoder, index)
+            if index not in active and now is not teacher:
+                self._waiting[index] = now
+                family.replace(decoder, index, teacher)
+            elif index in active and now is teacher:
+                family.replace(decoder, index, self._join(self._waiting.pop(index), teacher))
+        self.model.config.linearize["layers"] = sorted(active & self.teachers.keys())
+
+    @staticmethod
+    def _join(student: Any, teacher: nn.Module) -> Any:
+        for name, child in teacher.named_children():
+            setattr(student, name, child)
+        like = next(teacher.parameters())
+        if student.mixer is not None:
+            student.mixer.to(device=like.device, dtype=like.dtype)
+        return student.train(teacher.training)
 
     def undo(self) -> Any:
         """Put the teacher's attention back and return the model, bit-equal to what it was."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from linearize import yaml_io
+from linearize import __version__, yaml_io
 from linearize.checkpoint import sync, write_text
 from linearize.data import Corpus
 from linearize.errors import LinearizeError
@@ -158,20 +158,30 @@ def checkpoint_folder(folder: str | Path) -> Path:
 
 def provenance(settings: dict[str, Any], teacher: TeacherInfo, corpus: Corpus, seconds: float) -> dict[str, Any]:
     """Return what a reader needs to judge or repeat the run."""
-    device = (
-        torch.cuda.get_device_name() if settings["device"] == "cuda" else platform.processor() or platform.machine()
-    )
     return {
-        "linearize": metadata.version("linearize"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES if _installed(name)},
-        "device": f"{device}, {torch.get_num_threads()} threads" if settings["device"] == "cpu" else device,
+        **machine(settings["device"]),
         "dtype": settings["dtype"],
         "seed": settings["seed"],
         "teacher": {"source": teacher.source, "revision": teacher.revision, "sha256": teacher.sha256},
         "data": {"description": corpus.description, "fingerprint": corpus.fingerprint},
         "seconds": round(seconds, 1),
+    }
+
+
+def machine(device: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return versions, commit and hardware.
+
+    Args:
+        device: `cpu` or `cuda`.
+        more: packages to name besides the usual ones.
+    """
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "linearize": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in (*PACKAGES, *more) if _installed(name)},
+        "device": f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else name,
     }
 
 

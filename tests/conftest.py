@@ -78,6 +78,12 @@ def write_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes:
     return folder
 
 
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> object:
+    """The tokenizer of the tiny teachers: one token a byte."""
+    return build_tokenizer()
+
+
 @pytest.fixture
 def make_teacher(tmp_path: Path) -> Callable[..., Path]:
     """Write a tiny teacher to a new folder: `make_teacher("name", family="qwen3", num_hidden_layers=3)`."""
@@ -86,6 +92,12 @@ def make_teacher(tmp_path: Path) -> Callable[..., Path]:
         return write_teacher(tmp_path / name, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_teacher() -> Callable[..., Path]:
+    """`write_teacher`, for fixtures that outlive a test: `save_teacher(folder, initializer_range=0.3)`."""
+    return write_teacher
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.api import evaluate_folder, generate_text, linearize, load, plan
+from linearize.api import generate_text, linearize, load, plan
 from linearize.errors import LinearizeError
 from linearize.eval import kv_cache_bytes
+from linearize.evaluation import evaluate_folder
 from linearize.recipe import Recipe
 
 FILES = {
@@ -68,6 +69,70 @@ def test_a_run_leaves_a_checkpoint_with_everything_in_it(teacher, tmp_path) -> N
     assert tokenizer("abc").input_ids
     student = next(row for row in plan(teacher, "liger", **small()).cache.values())[1]
     assert cached.nbytes() == student
+
+
+def test_every_stage_in_a_row(teacher, tmp_path) -> None:
+    """Full parameters, a copy of the teacher, kept logits and builtin pairs, as `--quick` would run them."""
+    distill = {
+        "stage": "distill",
+        "train": "full",
+        "top_k": 8,
+        "cache": True,
+        "optimizer": {"lr": 1e-4, "mixer_lr": 1e-3},
+    }
+    stages = [
+        {"stage": "transfer"},
+        distill,
+        {"stage": "distill", "hidden": 0.1},
+        {"stage": "preference", "train": "full"},
+    ]
+    liger = Recipe.from_yaml("liger").model_dump(mode="json")
+    recipe = Recipe.parse({**liger, "stages": stages}, "all")
+    events: list[dict] = []
+    result = linearize(teacher, recipe, tmp_path / "out", watch=events.append, **small(recipe, tokens=2048))
+    names = [row["name"] for row in result.results["rows"]]
+    assert names[2:] == ["after transfer", "after distill", "after distill-2", "after preference"]
+    last = [event for event in events if event["event"] == "step"][-1]
+    assert last["stage"] == "preference" and {"margin", "accuracy"} <= last.keys()
+    data = [event["description"] for event in events if event["event"] == "data"]
+    assert len(data) == 2 and data[1].startswith("builtin: 8 training pairs in rows of 64 tokens")
+    assert not list(tmp_path.rglob("teacher-*"))
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_layers_are_replaced_in_rounds(make_teacher, tmp_path, monkeypatch, train: str) -> None:
+    """Three layers in two rounds; stopped in either, it ends with the same weights to the bit."""
+    teacher = make_teacher("three", num_hidden_layers=3)
+    liger = Recipe.from_yaml("liger").model_dump(mode="json")
+    sizes = {"tokens": 512, "batch": 2, "micro_batch": 1}
+    distill = {"stage": "distill", "train": train, **sizes, "optimizer": {"lr": 1e-3, "mixer_lr": 1e-2}}
+    stages = [{"stage": "transfer", **sizes}, distill, {"stage": "preference", **sizes}]
+    data = {"length": 64, "held_out": 2}
+    recipe = Recipe.parse({**liger, "name": "r", "stages": stages, "data": data, "progressive": 2}, "r")
+    steps: list[dict] = []
+    whole = linearize(teacher, recipe, tmp_path / "whole", watch=steps.append)
+    layers = [(e["stage"], sorted(e["layers"])) for e in steps if e["event"] == "step" and "layers" in e]
+    assert layers == [("transfer", [0, 2])] * 2 + [("transfer-2", [1])] * 2
+    names = [row["name"] for row in whole.results["rows"][2:]]
+    assert names == [f"after {s}" for s in ("transfer", "distill", "transfer-2", "distill-2", "preference")]
+    planned = plan(teacher, recipe)
+    assert [(stage.name, stage.steps) for stage in planned.stages] == [
+        *[("transfer", 2), ("distill", 2)] * 2,
+        ("preference", 4),
+    ]
+    assert planned.stages[0].trained == 2 * planned.stages[2].trained
+    monkeypatch.setattr("linearize.stages.base.SAVE_SECONDS", 0.0)
+    for place in (("distill", 2), ("distill-2", 2)):
+
+        def stop(event: dict, place=place) -> None:
+            if event["event"] == "step" and (event["stage"], event["step"]) == place:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            linearize(teacher, recipe, tmp_path / "stopped", watch=stop)
+    resumed = linearize(teacher, recipe, tmp_path / "stopped")
+    assert (whole.output / "model.safetensors").read_bytes() == (resumed.output / "model.safetensors").read_bytes()
+    assert load(resumed.output).config.linearize["layers"] == [0, 1, 2]
 
 
 def test_a_second_run_reads_the_first_and_a_changed_one_says_what_changed(teacher, tmp_path) -> None:
@@ -225,10 +290,11 @@ def test_the_softmax_control_is_a_plain_checkpoint(teacher, tmp_path) -> None:
 
 def test_evaluate_and_generate_a_finished_folder(teacher, tmp_path) -> None:
     result = linearize(teacher, "liger", tmp_path / "out", **small())
-    measured = evaluate_folder(result.output, against=teacher)["rows"]
-    assert [row["name"] for row in measured] == ["teacher", "out"]
-    assert measured[1]["perplexity"] == pytest.approx(result.results["rows"][-1]["perplexity"], rel=1e-5)
-    assert measured[1]["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)
+    models = evaluate_folder(result.output, against=teacher, recall="none", samples=1)["models"]
+    assert [model["name"] for model in models][:3] == ["teacher", "out", "memory zeroed"]
+    measured = models[1]["text"]["held-out"]
+    assert measured["perplexity"] == pytest.approx(result.results["rows"][-1]["perplexity"], rel=1e-5)
+    assert measured["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)
     text = "".join(generate_text(result.output, "abc", max_new_tokens=5))
     assert isinstance(text, str)
     with pytest.raises(LinearizeError, match="no token"):

@@ -64,15 +64,15 @@ def test_the_headline(cache: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in recipe_names() if Recipe.from_yaml(name).causal])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "falcon"])
 def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) -> None:
-    recipe = short(name)
     config = tiny_config(family)
-    plan = make_plan(recipe, config, dtype=torch.float32)
+    plan = make_plan(short(name), config, dtype=torch.float32)
+    recipe = planning.place_heads(short(name), config, torch.float32)
     model = AutoModelForCausalLM.from_config(config)
     assert plan.parameters == model.num_parameters()
     teacher_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
     mixers = {}
     if recipe.mixer is not None:
-        surgery = convert(model, recipe.mixer.model_dump())
+        surgery = convert(model, recipe.mixer.model_dump(), planning.converted_layers(recipe, config))
         family_class, decoder = family_of(model.config), model.get_decoder()
         mixers = {index: family_class.module(decoder, index).mixer for index in surgery.teachers}
     assert plan.mixer_parameters == sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
@@ -118,11 +118,17 @@ def test_local_layers_stay_softmax_and_every_eighth_counts_the_global_ones(tiny_
         make_plan(short("liger"), local)
 
 
-def test_a_distill_stage_behind_lora_needs_every_layer_converted(tiny_config) -> None:
+def test_a_distill_stage_behind_lora_loads_its_teacher_where_layers_stay_softmax(tiny_config) -> None:
+    """LoRA changes Gemma's local layers, which the student shares with the teacher."""
     stages = "stages=[{stage: finetune}, {stage: distill}]"
-    assert make_plan(short("liger", stages), tiny_config()).stages
-    with pytest.raises(LinearizeError, match="some of this model's layers stay softmax"):
-        make_plan(short("liger", stages), tiny_config("gemma3_text"))
+    for family, copied in (("llama", False), ("gemma3_text", True)):
+        recipe, config = short("liger", stages), tiny_config(family)
+        assert planning.needs_teacher_copy(recipe, config, 1) == copied
+        alone = make_plan(short("liger", "stages=[{stage: distill}]"), config, dtype=torch.float32)
+        behind = make_plan(recipe, config, dtype=torch.float32)
+        weights = alone.stages[0].memory + (4 * alone.parameters if copied else 0)
+        assert behind.stages[1].memory >= weights
+        assert (behind.stages[1].memory > alone.stages[0].memory) == copied
 
 
 def test_exact_heads_grow(tiny_config) -> None:
@@ -132,6 +138,32 @@ def test_exact_heads_grow(tiny_config) -> None:
     growth = plan.cache[8192][1] - plan.cache[1024][1]
     softmax_layer, exact_head = 2 * 2 * 16 * 4, 2 * 16 * 4
     assert growth == (softmax_layer + exact_head) * (8192 - 1024)
+
+
+@pytest.mark.parametrize(
+    ("budget", "dtype", "heads"), [(0.125, "bfloat16", 9), (0.10, "bfloat16", 7), (0.125, "float32", 4)]
+)
+def test_a_cache_budget_buys_heads(budget: float, dtype: str, heads: int, cache: Path) -> None:
+    recipe = Recipe.from_yaml("untrained", [f"exact_heads.cache={budget}"])
+    config, kind = load_config(resolve("smollm2-135m")), getattr(torch, dtype)
+    plan = make_plan(recipe, config, dtype=kind)
+    pair, size = 2 * 64 * kind.itemsize, 30 * 3 * 2 * 64 * 2 * 8192
+    assert plan.exact_heads == heads
+    assert plan.cache_share == pytest.approx(pair * (heads * 8192 + (90 - heads) * 132) / size, rel=1e-3)
+    assert plan.cache_share <= budget < plan.cache_share + pair * 8192 / size
+    assert plan.recipe == recipe and all(layer.exact_heads == () for layer in plan.layers)
+    text = Console(record=True, width=120)
+    text.print(plan.render())
+    assert f"exact KV heads {heads}, chosen by recall" in text.export_text()
+
+
+def test_a_budget_that_the_rest_of_the_cache_exceeds(tiny_config) -> None:
+    with pytest.raises(LinearizeError, match=r"1\.0%.*3\.\d% already, in float32.*smaller window"):
+        make_plan(short("untrained", "exact_heads.cache=1%"), tiny_config(), dtype=torch.float32)
+    plan = make_plan(short("untrained", "exact_heads.cache=4%"), tiny_config(), dtype=torch.float32)
+    assert plan.exact_heads == 0
+    plan = make_plan(short("untrained", "exact_heads.cache=99%"), tiny_config(), dtype=torch.bfloat16)
+    assert plan.exact_heads == 3
 
 
 def test_a_layer_of_exact_heads_alone(tiny_config) -> None:
@@ -152,6 +184,33 @@ def test_lora_counts(tiny_config) -> None:
     assert plan.stages[0].trained == plan.mixer_parameters + 2 * 8 * ((64 + 64) + (64 + 32))
     full = make_plan(short("paper/liger", "stages=[{stage: finetune, train: full}]"), tiny_config())
     assert full.stages[0].trained == full.parameters + full.mixer_parameters
+
+
+def test_what_distillation_keeps_is_planned(tiny_config) -> None:
+    def plan(options: str):
+        recipe = short("liger", f"stages=[{{stage: distill, tokens: 6400, batch: 2{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32)
+
+    plain, full, kept = plan(""), plan(", train: full"), plan(", train: full, cache: true, top_k: 9")
+    weights = 4 * (plain.parameters + plain.mixer_parameters)
+    assert full.stages[0].trained == plain.parameters + plain.mixer_parameters
+    assert full.memory - kept.memory == weights
+    assert kept.disk - full.disk == 6400 * 10 * 8
+    assert plan(", train: full, teacher_device: cpu").memory == kept.memory
+    assert plan(", hidden: 0.1").memory > plain.memory
+
+
+def test_what_transfer_keeps_is_planned(tiny_config) -> None:
+    def memory(options: str = "", name: str = "lolcats") -> int:
+        recipe = short(name, f"stages=[{{stage: transfer, tokens: 6400, batch: 2, micro_batch: 1{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32).stages[0].memory
+
+    assert memory(", order: layerwise") - memory() == 6400 * 64 * 4
+    assert memory(", maps: 1.0") - memory() == 6 * 4 * 64 * 64 * 4
+    per_token = 4 * (13 * 64 + 4 * 96)
+    assert memory(", block: 2") - memory() == 64 * per_token
+    with pytest.raises(LinearizeError, match="no attention map: its `combine`"):
+        memory(", maps: 1.0", "liger")
 
 
 @pytest.mark.parametrize(

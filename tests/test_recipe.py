@@ -27,7 +27,7 @@ def test_packaged_recipe(name: str) -> None:
     assert first.startswith("# linearize --model ")
     assert first.endswith(f"--recipe {name}")
     assert Recipe.parse(yaml_io.parse(recipe.to_yaml(), name), name) == recipe
-    assert sum(stage.tokens for stage in recipe.with_quick().stages) == recipe.quick.tokens
+    assert sum(stage.tokens for stage in recipe.with_quick().stages) == (recipe.quick.tokens if recipe.stages else 0)
 
 
 def test_packaged_names() -> None:
@@ -72,6 +72,17 @@ def test_paper_settings() -> None:
     assert finetune.optimizer.lr == 1e-4
     assert lolcats.mixer is not None
     assert lolcats.mixer.k_map_heads == "query"
+    for name in ("paper/mamba1-llama", "paper/mamba2-llama"):
+        (finetune,) = Recipe.from_yaml(name).stages
+        assert (finetune.train, finetune.optimizer.lr, finetune.optimizer.warmup) == ("full", 2e-5, 0.01)
+        converted = [
+            Recipe.from_yaml(name, [f"layers={layers}"]).converted_layers(32)
+            for layers in ("{keep: 0.5}", "{keep: 0.25}", "{keep: 0.125}", "all")
+        ]
+        assert Recipe.from_yaml(name).converted_layers(32) == converted[0] == list(range(0, 32, 2))
+        assert [layer for layer in range(32) if layer not in converted[1]] == [3, 7, 11, 15, 19, 23, 27, 31]
+        assert [layer for layer in range(32) if layer not in converted[2]] == [7, 15, 23, 31]
+        assert converted[3] == list(range(32))
 
 
 def test_yaml_round_trip(recipe: Recipe, tmp_path) -> None:
@@ -117,6 +128,8 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ("name: r\ndata: {length: '512'}", ["`data.length`", "integer", "'512' (str)"]),
         ("name: r\ndata: {length: 512.0}", ["`data.length`", "integer", "512.0 (float)"]),
         ("name: r\nmixer: {rotary: 1}", ["`mixer.rotary`", "boolean", "1 (int)"]),
+        ("name: r\nmixer: {conv: 1}", ["`mixer.conv", "greater than or equal to 2"]),
+        ("name: r\nmixer: {window: {sinks: 2, kind: terrace}}", ["`mixer.window`", "has no sinks"]),
         ("name: r\nlayers: [0, one]", ["`layers.1`", "'one' (str)"]),
         ("name: r\nlayers: some", ["`layers`", "'all' or a valid list"]),
         ("name: r\nlayers: {evry: 8}", ["`layers.evry`", "Did you mean 'every'?"]),
@@ -126,6 +139,14 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ("name: r\nexact_heads: [[1, 2, 3]]", ["`exact_heads.0`", "2 items"]),
         ("name: r\nexact_heads: [[1, 2], [1, 2]]", ["repeats a pair"]),
         ("name: r\nexact_heads: [[1, -2]]", ["`exact_heads.0.1`", "greater than or equal to 0"]),
+        ("name: r\nexact_heads: {by: recall}", ["`exact_heads`", "`keep` or `cache`, one of them"]),
+        ("name: r\nexact_heads: {keep: 2, cache: 10%}", ["`keep` or `cache`, one of them"]),
+        ("name: r\nexact_heads: {keep: 2, by: recal}", ["`exact_heads.by`", "Did you mean 'recall'"]),
+        ("name: r\nexact_heads: {cache: 200%}", ["`exact_heads.cache`", "less than 1"]),
+        ("name: r\nexact_heads: {cache: x%}", ["`exact_heads.cache`", "number"]),
+        ("name: r\nlayers: {every: 4, by: kl}", ["`layers.by`", "no choice"]),
+        ("name: r\nprobe: {file: p.json}", ["`probe.file` has no effect"]),
+        ("name: r\nmixer: null\nexact_heads: {keep: 2}", ["no effect where `mixer` is null"]),
         ("name: r\nlayers: [0]\nexact_heads: [[1, 0]]", ["layer 1 is not among `layers`"]),
         ("name: r\nmixer: null\nstages: [{stage: transfer}]", ["`mixer` is null"]),
         ("name: r\nstages: [{stage: finetune, batch: 8, micro_batch: 3}]", ["must divide"]),
@@ -283,3 +304,24 @@ def test_a_rule_that_keeps_no_layer_or_all_is_an_error() -> None:
         Recipe.from_yaml("liger", ["layers={keep: 0.1}"]).converted_layers(4)
     with pytest.raises(LinearizeError, match="keeps 2 of the model's 2 layers"):
         Recipe.from_yaml("liger", ["layers={keep: 0.9}"]).converted_layers(2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"mixer": None, "stages": [{"stage": "finetune"}]}, "`progressive` repeats"),
+        ({"stages": [{"stage": "preference"}]}, "`progressive` repeats"),
+        ({"stages": [{"stage": "preference"}, {"stage": "distill"}]}, "`preference` stages come last"),
+    ],
+)
+def test_rounds_without_an_effect_are_an_error(recipe, words: str) -> None:
+    with pytest.raises(LinearizeError, match=words):
+        Recipe.parse({"name": "r", "progressive": 2, **recipe}, "r")
+
+
+def test_rounds_replace_layers_that_are_spread_over_the_model() -> None:
+    recipe = Recipe.parse({"name": "r", "progressive": 3, "stages": [{"stage": "transfer", "tokens": 300}]}, "r")
+    assert [recipe.joining(list(range(8)), turn) for turn in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert [(turn, stage.tokens) for turn, stage in recipe.schedule()] == [(0, 100), (1, 100), (2, 100)]
+    with pytest.raises(LinearizeError, match="only 2 layers"):
+        recipe.joining([0, 1], 0)

@@ -58,6 +58,12 @@ class PackedRows:
             asked[:, 0] = False
         return asked
 
+    def joined(self, other: PackedRows) -> PackedRows:
+        """Return these rows and those of `other` behind them."""
+        theirs = other.tensors()
+        joined = {name: torch.cat([tensor, theirs[name]]) for name, tensor in self.tensors().items()}
+        return PackedRows(**joined, masked=self.masked)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the three tensors by name."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "labels": self.labels}
@@ -123,6 +129,14 @@ def batches(rows: PackedRows, batch: int, seed: int, start_step: int = 0) -> Ite
             chosen.append(order[place % count])
         yield rows[torch.stack(chosen)]
         step += 1
+
+
+def rows_seen(rows: PackedRows, batch: int, seed: int, steps: int) -> PackedRows:
+    """Return the rows that the first `steps` batches of `batches` hold, each once."""
+    count = len(rows)
+    if steps * batch >= count:
+        return rows
+    return rows[epoch_order(count, seed, 0)[: steps * batch]]
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,37 @@ __all__ = ["PositionBucket", "Quality", "TeacherReference", "evaluate"]
 TOKENS_PER_BATCH = 4096
 
 
-def labelled(model: nn.Module, rows: PackedRows) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Return a batch's inputs, the mask [B, T] of tokens that predict a label, and those labels and positions, [L]."""
+class Labelled(NamedTuple):
+    """The labelled tokens of a batch.
+
+    Attributes:
+        inputs: of the model.
+        mask: which tokens predict a label, [B, T].
+        targets: these labels, [L].
+        positions: their places in their documents, [L].
+        rows: the rows of the batch that they are in, [L].
+    """
+
+    inputs: dict[str, Tensor]
+    mask: Tensor
+    targets: Tensor
+    positions: Tensor
+    rows: Tensor
+
+
+def labelled(model: nn.Module, rows: PackedRows) -> Labelled:
+    """Return a batch's inputs and its labelled tokens."""
     inputs = rows.inputs(next(model.parameters()).device)
     labels = inputs.pop("labels")
     after = rows.predicted().to(labels.device)
     mask = after if rows.masked else after.roll(-1, dims=1)
-    positions = inputs["position_ids"][after]
-    return packed_inputs(language_model(model).config, inputs), mask, labels[after], positions
+    positions, given = inputs["position_ids"][after], packed_inputs(language_model(model).config, inputs)
+    return Labelled(given, mask, labels[after], positions, mask.nonzero()[:, 0])
+
+
+def batch_size(rows: PackedRows, batch: int | None) -> int:
+    """Return how many rows run at once: `batch`, or as many as fill 4,096 tokens."""
+    return batch or max(1, TOKENS_PER_BATCH // rows.length)
 
 
 def context_note(model: nn.Module, rows: PackedRows) -> str:
@@ -63,9 +87,10 @@ class TeacherReference:
     Args:
         model: the teacher, before surgery.
         rows: the held-out rows.
+        batch: rows at once; as many as fill 4,096 tokens by default.
     """
 
-    def __init__(self, model: nn.Module, rows: PackedRows) -> None:
+    def __init__(self, model: nn.Module, rows: PackedRows, batch: int | None = None) -> None:
         self.rows = rows
         self.states: list[Tensor] = []
         head = output_embedding(model)
@@ -73,22 +98,23 @@ class TeacherReference:
         self.config = copy.copy(language_model(model).config)
         note = context_note(model, rows)
         start = time.perf_counter()
-        tally = Tally(rows.length, with_teacher=True)
+        tally = Tally(rows.length, with_teacher=True, rows=len(rows))
+        size = batch_size(rows, batch)
         with evaluation_mode(model):
             device = next(model.parameters()).device
-            for index in range(len(rows)):
-                inputs, mask, targets, positions = labelled(model, rows[index : index + 1])
+            for first in range(0, len(rows), size):
+                part = rows[first : first + size]
+                inputs, mask, targets, positions, places = labelled(model, part)
                 states, plain = final_states(model, inputs)
-                if index == 0 and plain:
+                if first == 0 and plain:
                     self.head = copy_head(head)
-                if self.head is not None:
-                    self.states.append(states[mask].cpu())
-                else:
-                    self.states.append(model(**inputs, use_cache=False).logits[mask].cpu())
-                read = self.reader([index], device)
+                if self.head is None:
+                    states = model(**inputs, use_cache=False).logits
+                self.states += states[mask].cpu().split(mask.sum(1).tolist())
+                read = self.reader(list(range(first, first + len(part))), device)
                 for at in chunks(len(targets), language_model(model).config.vocab_size):
                     logits = read(at)
-                    tally.add(logits, logits, targets[at], positions[at])
+                    tally.add(logits, logits, targets[at], positions[at], first + places[at])
         self.quality = tally.quality(time.perf_counter() - start, note)
 
     def reader(self, indices: list[int], device: torch.device) -> ReadLogits:
@@ -100,7 +126,9 @@ class TeacherReference:
         return lambda at: finish_logits(self.config, head(kept[at])).float()
 
 
-def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | None = None) -> Quality:
+def evaluate(
+    model: nn.Module, rows: PackedRows, reference: TeacherReference | None = None, batch: int | None = None
+) -> Quality:
     """Measure a model on held-out rows in one pass.
 
     Every token counts the same, whichever row or batch it is in. Logits exist only a chunk of tokens at a time.
@@ -109,6 +137,7 @@ def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | N
         model: a causal language model of transformers, also inside a peft wrapper.
         rows: held-out rows, [N, T].
         reference: the teacher on the same rows; None leaves out `kl` and `top1_agreement`.
+        batch: rows at once; as many as fill 4,096 tokens by default.
 
     Returns:
         The means over all tokens that have a label.
@@ -120,15 +149,16 @@ def evaluate(model: nn.Module, rows: PackedRows, reference: TeacherReference | N
         raise LinearizeError("The teacher's reference was made from other rows. Make it from the rows to be evaluated.")
     note = context_note(model, rows)
     start = time.perf_counter()
-    tally = Tally(rows.length, with_teacher=reference is not None)
-    size = max(1, TOKENS_PER_BATCH // rows.length)
+    tally = Tally(rows.length, with_teacher=reference is not None, rows=len(rows))
+    size = batch_size(rows, batch)
     with evaluation_mode(model):
         device = next(model.parameters()).device
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            inputs, mask, targets, positions = labelled(model, part)
+            inputs, mask, targets, positions, places = labelled(model, part)
             student = logits_reader(model, inputs, mask)
             teacher = reference.reader(list(range(first, first + len(part))), device) if reference else None
             for at in chunks(len(targets), language_model(model).config.vocab_size):
-                tally.add(student(at), teacher(at) if teacher else None, targets[at], positions[at])
+                logits = student(at)
+                tally.add(logits, teacher(at) if teacher else None, targets[at], positions[at], first + places[at])
     return tally.quality(time.perf_counter() - start, note)

@@ -6,6 +6,7 @@ Shapes: V vocabulary, l tokens in a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Quality:
         tokens: how many tokens that is.
         seconds: wall time of the pass.
         by_position: the same by position in the document, in buckets that double.
+        row_losses: of each row, its number of tokens and its mean loss: what a paired comparison needs.
         note: what a reader must know of these numbers; empty if nothing.
     """
 
@@ -49,6 +51,7 @@ class Quality:
     seconds: float
     by_position: tuple[PositionBucket, ...]
     note: str = ""
+    row_losses: tuple[tuple[int, float], ...] = ()
 
     def row(self, name: str) -> dict[str, Any]:
         """Return the evaluation as a row of `results.json` (keys without a value are left out)."""
@@ -61,14 +64,21 @@ class Quality:
 
 
 class Tally:
-    """Sums over tokens, by position bucket, in float64."""
+    """Sums over tokens, by position bucket and by row, in float64.
 
-    def __init__(self, longest: int, with_teacher: bool) -> None:
+    Args:
+        longest: tokens a row.
+        with_teacher: whether there is a teacher to compare with.
+        rows: how many rows will be seen.
+    """
+
+    def __init__(self, longest: int, with_teacher: bool, rows: int) -> None:
         self.with_teacher = with_teacher
+        self.rows = torch.zeros(2, rows, dtype=torch.float64)
         buckets = int(bucket(torch.tensor(longest))) + 1
         self.sums = torch.zeros(4, buckets, dtype=torch.float64)
 
-    def add(self, student: Tensor, teacher: Tensor | None, targets: Tensor, positions: Tensor) -> None:
+    def add(self, student: Tensor, teacher: Tensor | None, targets: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Add a chunk of tokens.
 
         Args:
@@ -76,6 +86,7 @@ class Tally:
             teacher: logits [l, V], float32, if there is a teacher.
             targets: the tokens that came, [l].
             positions: their places in their documents, [l].
+            rows: the rows that they are in, [l].
         """
         log_q = student.log_softmax(-1)
         loss = -log_q.gather(-1, targets[:, None])[:, 0]
@@ -86,6 +97,7 @@ class Tally:
             agree = (log_p.argmax(-1) == log_q.argmax(-1)).to(loss.dtype)
         values = torch.stack([torch.ones_like(loss), loss, kl, agree]).double().cpu()
         self.sums.index_add_(1, bucket(positions).cpu(), values)
+        self.rows.index_add_(1, rows.cpu(), values[:2])
 
     def quality(self, seconds: float, note: str) -> Quality:
         """Return the means of all that was added."""
@@ -106,7 +118,32 @@ class Tally:
             seconds=seconds,
             by_position=tuple(spans),
             note=note,
+            row_losses=tuple((int(count), own / count) for count, own in self.rows.T.tolist() if count),
         )
+
+
+def paired_difference(first: Quality, second: Quality) -> tuple[float, float]:
+    """Return the mean loss of `first` less that of `second` on the same rows, and its standard error over rows."""
+    return weighted_difference(first.row_losses, second.row_losses)
+
+
+def weighted_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the mean difference of two lists of (tokens, mean loss) by row, and its standard error.
+
+    Rows are the sample, and each weighs as many tokens as it has; with one row the standard error is nan.
+
+    Raises:
+        ValueError: they are of other rows.
+    """
+    if [count for count, _ in first] != [count for count, _ in second]:
+        raise ValueError("The two were measured on other rows.")
+    weights = torch.tensor([count for count, _ in first], dtype=torch.float64)
+    gaps = torch.tensor([a - b for (_, a), (_, b) in zip(first, second, strict=True)], dtype=torch.float64)
+    mean = (weights * gaps).sum() / weights.sum()
+    if len(gaps) < 2:
+        return float(mean), math.nan
+    scatter = (weights**2 * (gaps - mean) ** 2).sum() * len(gaps) / (len(gaps) - 1)
+    return float(mean), float(scatter.sqrt() / weights.sum())
 
 
 def bucket(positions: Tensor) -> Tensor:

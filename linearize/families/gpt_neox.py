@@ -84,6 +84,11 @@ class FalconProjections(InterleavedProjections):
         grouped = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else heads
         return heads, grouped, config.hidden_size // heads
 
+    @staticmethod
+    def layer_output(hidden: Tensor) -> Any:
+        """Return hidden states as a layer of the teacher's decoder returns them: first in a tuple."""
+        return (hidden,)
+
     @classmethod
     def cached_heads(cls, config: Any) -> int:
         """Return how many heads the teacher's own cache holds: the grouped form caches keys once per query head."""

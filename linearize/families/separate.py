@@ -56,6 +56,11 @@ class SeparateProjections:
         found: nn.Module = getattr(decoder.get_submodule(cls.layers)[index], cls.attention)
         return found
 
+    @staticmethod
+    def layer_output(hidden: Tensor) -> Any:
+        """Return hidden states [B, T, hidden] as a layer of the teacher's decoder returns them."""
+        return hidden
+
     @classmethod
     def replace(cls, decoder: Any, index: int, module: nn.Module) -> None:
         """Put another attention module into a layer."""

@@ -98,7 +98,8 @@ class LinearizedAttention(nn.Module):
         q, k, v = self.family.project(self, x, self.head_dim)
         q_rotated, k_rotated = q, k
         if self.rotates:
-            q_rotated, k_rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
+            rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
+            q_rotated, k_rotated = (t.to(v.dtype) for t in rotated)  # under autocast the rotary tables are fp32
         cache = None if layer is None else layer.tensors
         if layer is not None:
             layer.advance(x.shape[1])
@@ -130,5 +131,5 @@ class LinearizedAttention(nn.Module):
         if context.order is not None:
             cos, sin = (context.pack(t.expand(q.shape[0], -1, -1)) for t in position_embeddings)
             position_embeddings = cos, sin
-        rotated: tuple[Tensor, Tensor] = self.family.rotate(self.teacher_class, q, k, position_embeddings)
-        return rotated
+        rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
+        return rotated[0].to(q.dtype), rotated[1].to(k.dtype)

@@ -67,6 +67,8 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer", causal: bool = True
         _check_rotated_features(mixer, found, normalizes, where)
     if mixer.get("conv") is not None and not combine.uses_memory:
         raise LinearizeError(f"`{where}.conv` is on what the memory reads, and this mixer has no memory; drop it.")
+    if mixer["output_gate"] == "silu" and not combine.uses_memory:
+        raise LinearizeError(f"`{where}.output_gate: silu` gates the memory's output, and this mixer has no memory.")
     if not mixer["overlap"] and (not combine.uses_window or not combine.uses_memory):
         raise LinearizeError(f"`{where}.overlap: false` needs both a window and a memory.")
     if mixer["output_norm"] and not combine.uses_memory:
@@ -99,6 +101,11 @@ def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool
             f"`{where}.memory: {name}` has no sum of weights, which `{where}.normalize` or `{where}.combine: "
             f"{mixer['combine']['name']}` divides by; set `{where}.output_norm: true` and another combine."
         )
+    if getattr(found["memory"], "own_decay", False) and mixer["gate"]["name"] != "none":
+        raise LinearizeError(
+            f"`{where}.memory: {name}` has a decay of its own, which `{where}.gate: {mixer['gate']['name']}` would not "
+            f"reach; set `{where}.gate: none`."
+        )
     if getattr(found["memory"], "needs_channels", False) and not getattr(found["gate"], "per_channel", False):
         raise LinearizeError(
             f"`{where}.memory: {name}` needs a gate with a decay per channel, which `{where}.gate: "
@@ -106,7 +113,7 @@ def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool
         )
     if not getattr(found["memory"], "needs_unit", False):
         return
-    if getattr(found["gate"], "writes_keys", False):
+    if getattr(found["gate"], "writes_keys", False) or getattr(found["gate"], "scales_writes", False):
         raise LinearizeError(
             f"`{where}.memory: {name}` grows without bound on keys longer than 1, which `{where}.gate: "
             f"{mixer['gate']['name']}` writes; use another gate."

@@ -2,9 +2,9 @@
 
 Legend: B batch, T tokens, J heads (query or KV), D head dim, F features. Every map is a module
 `map(x [..., J, D]) -> [..., J, F]`, built once for the queries and once for the keys. Its `feature_dim` is F, and
-`positive` says whether all features are at least 0, which a normalizer needs; `widens`, that the features are not the D
-channels themselves, so that no gate per channel fits; `mixes`, the same of features that are still D in number;
-`unit`, that no head's features are longer than 1.
+`positive` says whether no product phi(q) . phi(k) is below 0, which a normalizer needs; `widens`, that the features are
+not the D channels themselves, so that no gate per channel fits; `mixes`, the same of features that are still D in
+number; `unit`, that no head's features are longer than 1.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ class HedgehogMap(nn.Module):
 
     def __init__(self, heads: int, head_dim: int, *, dim: int = 64) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"`dim` must be at least 1, got {dim}.")
-        self.feature_dim = 2 * dim
+        self.feature_dim = 2 * _at_least_one(dim)
         self.weight = nn.Parameter(torch.eye(head_dim, dim).repeat(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,3 +105,78 @@ class ReluMlpMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.linear.weight.to(x.dtype), self.linear.bias.to(x.dtype)
         return F.linear(x.flatten(-2), weight, bias).relu().view_as(x)
+
+
+@feature_maps.register("t2r")
+class T2rMap(nn.Module):
+    """`relu(x W + b)` with one W and b per head (T2R, arXiv:2103.13076, eq. 5).
+
+    Args:
+        dim: columns of W, which is F.
+        identity: start at the identity and b = 0. The published start is that of a linear layer.
+    """
+
+    positive = True
+    widens = True
+
+    def __init__(self, heads: int, head_dim: int, *, dim: int = 32, identity: bool = False) -> None:
+        super().__init__()
+        self.feature_dim = _at_least_one(dim)
+        if identity:
+            weight, bias = torch.eye(head_dim, dim).repeat(heads, 1, 1), torch.zeros(heads, dim)
+        else:
+            reach = head_dim**-0.5
+            weight = torch.empty(heads, head_dim, dim).uniform_(-reach, reach)
+            bias = torch.empty(heads, dim).uniform_(-reach, reach)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = torch.einsum("...jd,jdf->...jf", x, self.weight.to(x.dtype))
+        return (projected + self.bias.to(x.dtype)).relu()
+
+
+@feature_maps.register("exp")
+class ExpMap(nn.Module):
+    """`exp(x)`, divided by its largest feature so that none overflows: features in (0, 1] (LoLCATs' variant)."""
+
+    positive = True
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.feature_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() - x.float().amax(-1, keepdim=True)).exp().to(x.dtype)
+
+
+@feature_maps.register("taylor")
+class TaylorMap(nn.Module):
+    """Features whose products are `1 + s + s^2 / 2`, the start of exp(s)'s series (Based, arXiv:2402.18668, eq. 3).
+
+    `s = (x W) . (y W') / sqrt(dim)` with one learned W per head, started at the identity.
+
+    Args:
+        dim: columns of W; F is `1 + dim + dim (dim + 1) / 2`, since `z_i z_j` and `z_j z_i` share a feature.
+    """
+
+    positive = True
+    widens = True
+
+    def __init__(self, heads: int, head_dim: int, *, dim: int = 16) -> None:
+        super().__init__()
+        self.feature_dim = 1 + _at_least_one(dim) + dim * (dim + 1) // 2
+        self.weight = nn.Parameter(torch.eye(head_dim, dim).repeat(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = self.weight.shape[-1]
+        z = torch.einsum("...jd,jdf->...jf", x.float(), self.weight.float()) * dim**-0.25
+        first, second = torch.triu_indices(dim, dim, device=x.device)
+        pairs = z[..., first] * z[..., second] * torch.where(first == second, 0.5, 1.0).sqrt()
+        return torch.cat([torch.ones_like(z[..., :1]), z, pairs], -1).to(x.dtype)
+
+
+def _at_least_one(dim: int) -> int:
+    if dim < 1:
+        raise ValueError(f"`dim` must be at least 1, got {dim}.")
+    return dim

@@ -5,16 +5,19 @@ Legend: B batch, T tokens, G KV heads, D head dim. Every gate is a module
 teacher's keys before the rotary embedding. A gate of the second shape, one decay per channel, sets `per_channel`.
 
 A gate that is tied to what is written sets `writes_keys` and has `keys(k [..., G, D]) -> [..., G, D]`: the memory
-writes these in the place of the feature map of the keys.
+writes these in the place of the feature map of the keys. One that says how strongly a token is written, too, sets
+`scales_writes` and returns both, the log-decay and the factor [..., G] on what is written.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
+from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter, step_bias, uniform
 from linearize.registry import gates
 
 
@@ -122,6 +125,34 @@ class Hgrn2Gate(Fp32Part):
         return torch.sigmoid(-k.float()).to(k.dtype)
 
 
+@gates.register("lower_bounded")
+class LowerBoundedGate(Fp32Part):
+    """As `hgrn2`, but at least a bound b is kept, `b + (1 - b) sigmoid(k)`, and the rest written (arXiv:2404.07904).
+
+    The bound rises with depth, from 0 in the first layer. HGRN2 trains it from this start; here it stays.
+
+    Args:
+        highest: what the bound would be behind the last layer.
+    """
+
+    per_channel = True
+    writes_keys = True
+
+    def __init__(self, shape: HeadShape, *, highest: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= highest <= 1:
+            raise ValueError(f"`highest` must lie between 0 and 1, got {highest}.")
+        self.bound = highest * shape.layer / shape.layers
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor | None:
+        forgets = math.log1p(-self.bound) + F.logsigmoid(k.float())
+        return forgets if self.bound == 0 else forgets.logaddexp(torch.tensor(math.log(self.bound), device=k.device))
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Return what the memory writes, what is not kept, in k's dtype."""
+        return ((1 - self.bound) * torch.sigmoid(-k.float())).to(k.dtype)
+
+
 @gates.register("key_softplus")
 class KeySoftplusGate(Fp32Part):
     """The key projection in Mamba-2's form, a log-decay of `-softplus(k)` per key channel (Liger, arXiv:2503.01496)."""
@@ -135,7 +166,38 @@ class KeySoftplusGate(Fp32Part):
         return -F.softplus(k.float())
 
 
-def _positive(normalizer: float) -> float:
-    if normalizer <= 0:
-        raise ValueError(f"`normalizer` must lie above 0, got {normalizer}: a decay cannot grow the state.")
-    return normalizer
+@gates.register("dt")
+class StepGate(Fp32Part):
+    """Mamba-2's step size: keep `exp(-exp(A) dt)` and write `dt`-fold, `dt = softplus(x W + b)` (arXiv:2405.21060).
+
+    W starts as a linear layer does, A at the logarithm of an even draw, b so that dt is log-evenly drawn where x W = 0.
+
+    Args:
+        shortest: smallest dt of the draw.
+        longest: largest dt of the draw.
+        fastest: largest `exp(A)` of the draw; the smallest is 1, or this where it is less.
+    """
+
+    scales_writes = True
+
+    def __init__(
+        self, shape: HeadShape, *, shortest: float = 1e-3, longest: float = 0.1, fastest: float = 16.0
+    ) -> None:
+        super().__init__()
+        if not 0 < shortest <= longest:
+            raise ValueError(f"`shortest` ({shortest:g}) must lie above 0 and not above `longest` ({longest:g}).")
+        slowest = min(1.0, _positive(fastest, "fastest"))
+        reach = shape.hidden**-0.5
+        self.weight = nn.Parameter(uniform(-reach, reach, shape.groups, shape.hidden))
+        self.bias = nn.Parameter(step_bias(shortest, longest, shape.groups))
+        self.log_rate = nn.Parameter(uniform(slowest, fastest, shape.groups).log())
+
+    def forward(self, x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        dt = F.softplus(F.linear(x.float(), self.weight, self.bias))
+        return -self.log_rate.exp() * dt, dt
+
+
+def _positive(value: float, name: str = "normalizer") -> float:
+    if value <= 0:
+        raise ValueError(f"`{name}` must lie above 0, got {value}: a decay cannot grow the state.")
+    return value

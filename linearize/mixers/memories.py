@@ -6,25 +6,50 @@ A memory sees a *stream*: a dict of per-token tensors [B, T, G, ...] that holds 
 a gate) and whatever else the memory computes from the layer's input in `prepare`. A token whose stream is all zero
 must leave the state as it is: that is how padding, sinks and tokens still inside a disjoint window stay out. A memory
 that has no sum of weights to divide by says `normalizes = False`; one that is stable only for keys of length 1 at most
-says `needs_unit`; one that needs a gate per channel says `needs_channels`. One that serves encoders, whose tokens see
-later ones as well, says `bidirectional` and has `both_ways(q, stream, starts) -> (outputs, sums of weights or None)`.
+says `needs_unit`; one that needs a gate per channel says `needs_channels`; one whose decay is its own `own_decay`.
+A memory may have a `skip`, a module that adds to its outputs what the token itself holds. `joins_window` says whether
+`hybrid_step` (`step`) or `hybrid_attention` too (`all`) runs its update rule together with the window.
+One that serves encoders, whose tokens see later ones as well, says `bidirectional` and has
+`both_ways(q, stream, starts) -> (outputs, sums of weights or None)`.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from linearize.kernels.bidirectional import bidirectional_linear_attention
 from linearize.kernels.delta import gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
+from linearize.kernels.scan import selective_scan, selective_scan_step
 from linearize.kernels.slots import gated_slot_attention, gated_slot_step
-from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
+from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter, step_bias, uniform
 from linearize.registry import memories
 
 Stream = dict[str, Tensor]
 State = dict[str, Tensor]
+
+
+class Skip(Fp32Part):
+    """Add to each query head's output its token's value, `o_t + D v_t` with a learned D (Mamba's D).
+
+    Args:
+        shape: the heads.
+        channels: one D per channel (V) or one per head (1).
+        value: where D starts.
+    """
+
+    def __init__(self, shape: HeadShape, channels: int, value: float) -> None:
+        super().__init__()
+        self.weight = fp32_parameter(shape.heads, channels, value=value)
+
+    def forward(self, o: Tensor, v: Tensor) -> Tensor:
+        """Add to o [..., H, V] the values v [..., G, V]."""
+        values = v.float().repeat_interleave(o.shape[-2] // v.shape[-2], -2)
+        return (o.float() + self.weight * values).to(o.dtype)
 
 
 @memories.register("additive")
@@ -33,13 +58,21 @@ class AdditiveMemory(Fp32Part):
 
     Args:
         scale: factor on the outputs.
+        skip: starting value of a learned factor per query head on the token's own value, which is added (Mamba-2's D,
+            published at 1); None adds nothing.
     """
 
     bidirectional = True
+    joins_window = "all"
 
-    def __init__(self, shape: HeadShape, feature_dim: int, normalize: bool, *, scale: float = 1.0) -> None:
+    def __init__(
+        self, shape: HeadShape, feature_dim: int, normalize: bool, *, scale: float = 1.0, skip: float | None = None
+    ) -> None:
         super().__init__()
+        if normalize and skip is not None:
+            raise ValueError("`skip` has no share in the sum of weights that the output is divided by; drop one.")
         self.scale = scale
+        self.skip = None if skip is None else Skip(shape, 1, skip)
         self.normalize = normalize
         self.state_shape = (shape.groups, feature_dim, shape.head_dim)
         self.state_names = ("state", "norm") if normalize else ("state",)
@@ -119,6 +152,7 @@ class DeltaMemory(Fp32Part):
 
     normalizes = False
     needs_unit = True
+    joins_window = "step"
 
     def __init__(
         self,
@@ -225,3 +259,74 @@ class SlotMemory(Fp32Part):
         """Run over one token [B, heads, ...]; `state` is updated in place."""
         keys, values = state["state_keys"], state["state_values"]
         return gated_slot_step(q, stream["k"], stream["v"], stream["g"], keys, values, scale=self.scale), None
+
+
+@memories.register("scan")
+class ScanMemory(Fp32Part):
+    """Mamba-1's selective scan: each value channel has its own state and decays (arXiv:2312.00752; as a student of
+    attention arXiv:2408.15237).
+
+    `s_tv = exp(-dt_tv exp(A_v)) s_(t-1)v + dt_tv v_tv k_t` and `o_tv = q_t . s_tv + D_v v_tv`, where channel v works
+    with the N entries of queries and keys that stand at its own place in the head, and
+    `dt_t = softplus(W2 W1 x_t + b)`. The decay is the memory's own. The start is Mamba's: `exp(A_vn) = n`, D = 1, and b
+    such that dt is log-evenly drawn from [0.001, 0.1] where W2 W1 x = 0.
+
+    Args:
+        state: N, which divides the head dim.
+        rank: columns of W1; a sixteenth of the layer's width by default.
+    """
+
+    normalizes = False
+    own_decay = True
+
+    def __init__(
+        self, shape: HeadShape, feature_dim: int, normalize: bool, *, state: int = 16, rank: int | None = None
+    ) -> None:
+        super().__init__()
+        if normalize:
+            raise ValueError("it has no sum of weights that its output could be divided by.")
+        if feature_dim != shape.head_dim:
+            raise ValueError(f"it needs a feature per channel ({shape.head_dim}), the feature map gives {feature_dim}.")
+        if state < 1 or shape.head_dim % state:
+            raise ValueError(f"`state` must divide the head dim ({shape.head_dim}), got {state}.")
+        rank = math.ceil(shape.hidden / 16) if rank is None else rank
+        if rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {rank}.")
+        self.state_shape = (shape.groups, shape.head_dim, state)
+        self.state_names = ("state",)
+        channels, reach = shape.groups * shape.head_dim, shape.hidden**-0.5
+        self.down = nn.Parameter(uniform(-reach, reach, rank, shape.hidden))
+        self.up = nn.Parameter(uniform(-(rank**-0.5), rank**-0.5, channels, rank))
+        self.bias = nn.Parameter(step_bias(1e-3, 0.1, channels))
+        rates = torch.arange(1, state + 1, dtype=torch.float32).expand(self.state_shape)
+        self.log_rate = nn.Parameter(rates.log().clone())
+        self.skip = Skip(shape, shape.head_dim, 1.0)
+
+    def prepare(self, x: Tensor) -> Stream:
+        """Return the step sizes, `dt` [..., G, V] in fp32, of the layer's input [..., hidden]."""
+        logits = F.linear(F.linear(x.float(), self.down), self.up, self.bias)
+        return {"dt": F.softplus(logits).unflatten(-1, self.state_shape[:2])}
+
+    def initial_state(self, batch: int, device: torch.device) -> State:
+        """Return an empty state in fp32."""
+        return {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=device)}
+
+    def forward(
+        self, q: Tensor, stream: Stream, starts: Tensor | None, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """Run over all tokens; arguments and results as in `AdditiveMemory.forward`, without sums of weights."""
+        out = selective_scan(
+            q,
+            stream["k"],
+            stream["v"],
+            stream["dt"],
+            self.log_rate.exp(),
+            starts=starts,
+            initial_state=None if state is None else state["state"],
+        )
+        return out.o, None, {"state": out.state}
+
+    def step(self, q: Tensor, stream: Stream, state: State) -> tuple[Tensor, Tensor | None]:
+        """Run over one token [B, heads, ...]; `state` is updated in place."""
+        rate = self.log_rate.exp()
+        return selective_scan_step(q, stream["k"], stream["v"], stream["dt"], rate, state["state"]), None

@@ -1,6 +1,6 @@
 """The token mixer: feature map, gate, memory, window and combine put together for a range of KV heads.
 
-Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window, S sinks.
+Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window (of a terrace, its two blocks), S sinks.
 
 The layer's cache holds, per row, the tokens of the current document only: a ring of the last W keys and values (token t
 in slot t % W), the first S of them, the memory's state, what the short convolution still reads and, where window and
@@ -17,14 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.kernels.hybrid import HybridOutput, hybrid_attention, hybrid_step
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.convolution import ShortConvolution
 from linearize.mixers.parts import HeadShape
+from linearize.mixers.terrace import READ, terrace_memory, terrace_reach, terrace_step
 from linearize.registry import combines, feature_maps, gates, memories
 
 Tensors = dict[str, Tensor]
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Queries and keys before the rotary embedding, the same after it, and values.
+Sides = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]
 GROUP_NORM_EPS = 1e-5
 
 
@@ -34,6 +38,18 @@ def _build(registry: Any, part: dict[str, Any], *args: Any) -> Any:
         return registry.get(part["name"])(*args, **options)
     except ValueError as error:
         raise LinearizeError(f"The {registry.kind} {part['name']!r} of the mixer: {error}") from error
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head [..., H, D], with a learned scale of `shape`: (D,), which heads share, or (H, D)."""
+
+    def __init__(self, *shape: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()).to(x.dtype)
 
 
 class TokenMixer(nn.Module):
@@ -67,37 +83,63 @@ class TokenMixer(nn.Module):
         self.combine: Any = _build(combines, spec["combine"], shape)
         window = spec["window"] if self.combine.uses_window else None
         self.window = 0 if window is None else min(window["size"], max_window or window["size"])
+        self.terrace = 0  # tokens of a block
+        if window is not None and window.get("kind", "sliding") == "terrace":
+            self.terrace = max(1, min(window["size"], (max_window or 2 * window["size"]) // 2))
+            self.window = 2 * self.terrace
         self.sinks = 0 if window is None else window["sinks"]
         self.groups = shape.groups
         self.q_map: Any = None
         self.k_map: Any = None
         self.gate: Any = None
         self.memory: Any = None
-        self.norm: nn.RMSNorm | None = None
+        self.norm: HeadNorm | None = None
         self.conv: ShortConvolution | None = None
         self.group_norm = spec["output_norm"] == "group"
         if self.combine.uses_memory:
             per_query = spec.get("k_map_heads", "kv") == "query"
             self.repeat = shape.heads // shape.groups if per_query else 1
-            inner = HeadShape(shape.heads, shape.groups * self.repeat, *_rest(shape))
+            self.memory_heads = shape.groups * self.repeat
+            inner = HeadShape(shape.heads, self.memory_heads, *_rest(shape))
             self.q_map = _build(feature_maps, spec["feature_map"], shape.heads, shape.head_dim)
             self.k_map = _build(feature_maps, spec["feature_map"], inner.groups, shape.head_dim)
             self.gate = _build(gates, spec["gate"], inner)
             normalize = bool(spec["normalize"]) or self.combine.shares_denominator
             self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
-            self.norm = nn.RMSNorm(shape.head_dim, eps=1e-6) if spec["output_norm"] is True else None
-            if spec.get("conv"):
-                self.conv = ShortConvolution((shape.heads, shape.groups, shape.groups), shape.head_dim, spec["conv"])
-        self.output_gate = None
-        if spec["output_gate"]:
+            if spec["output_norm"] is True:
+                self.norm = HeadNorm(shape.head_dim, eps=1e-6)
+            elif spec["output_norm"] == "per_head":
+                self.norm = HeadNorm(shape.heads, shape.head_dim, eps=1e-5)
+            if spec.get("conv") is not None:
+                self.conv = self._build_conv(shape, inner, spec["conv"])
+        self.output_gate: nn.Linear | None = None
+        self.gates_memory = spec["output_gate"] == "silu"
+        if self.gates_memory:
+            self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=False)
+        elif spec["output_gate"]:
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
             nn.init.zeros_(self.output_gate.weight)
             nn.init.constant_(self.output_gate.bias, 4.0)
 
+    @staticmethod
+    def _build_conv(shape: HeadShape, inner: HeadShape, conv: dict[str, Any]) -> ShortConvolution:
+        heads = (inner.groups,) if conv["inputs"] == "v" else (shape.heads, shape.groups, shape.groups)
+        silu, identity = conv["activation"] == "silu", conv["identity"]
+        return ShortConvolution(heads, shape.head_dim, conv["taps"], silu=silu, identity=identity)
+
+    def _joins(self, *what: str) -> bool:
+        """Whether window and memory run as one op, which knows no cap on scores."""
+        return (
+            self.window > 0
+            and self.softcap is None
+            and not self.terrace
+            and getattr(self.memory, "joins_window", None) in what
+        )
+
     @property
     def delay(self) -> int:
         """Tokens between a token's arrival and its entry into the memory."""
-        return 0 if self.overlap or self.memory is None else self.window
+        return 0 if self.overlap or self.memory is None else self.terrace or self.window
 
     def forward(
         self,
@@ -131,7 +173,7 @@ class TokenMixer(nn.Module):
                 out = self._step(x[:, 0], (q, k), (q_rotated, k_rotated), v[:, 0], cache, rotate)[:, None]
             else:
                 out = self._sequence(x, plain, rotated, v, context, cache, rotate)
-        if self.output_gate is None:
+        if self.output_gate is None or self.gates_memory:
             return out
         gate: Tensor = self.output_gate(x).sigmoid()
         return out * gate.view_as(out)
@@ -143,25 +185,46 @@ class TokenMixer(nn.Module):
         assert self.k_map is not None and self.gate is not None and self.memory is not None
         q, k = rotated if self.rotary is True else plain
         k_plain = plain[1]
-        if self.repeat > 1:
-            k, v, k_plain = (t.repeat_interleave(self.repeat, -2) for t in (k, v, k_plain))
+        k, v, k_plain = self._per_memory_head(k), self._per_memory_head(v), self._per_memory_head(k_plain)
+        log_decay = self.gate(x, k_plain)
         q = self.q_map(q)
         k = self.gate.keys(k_plain) if getattr(self.gate, "writes_keys", False) else self.k_map(k)
         if self.rotary == "features" and rotate is not None:
             q, k = rotate(q, k)
+        if getattr(self.gate, "scales_writes", False):
+            log_decay, strength = log_decay
+            k = (k * strength[..., None]).to(k.dtype)
         stream = {"k": k, "v": v, **self.memory.prepare(x)}
-        log_decay = self.gate(x, k_plain)
         if log_decay is not None:
             stream["g"] = log_decay
         return q, stream
 
-    def _convolved(
-        self, convolved: list[Tensor], rotate: Rotate | None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-        """Convolved q, k and v as the memory reads them: before the rotary embedding, after it, and the values."""
+    def _per_memory_head(self, t: Tensor) -> Tensor:
+        """Repeat t [..., G, D] to the memory's heads, next to each other; what has them already stays."""
+        return t if t.shape[-2] == self.memory_heads else t.repeat_interleave(self.repeat, -2)
+
+    def _conv_inputs(self, plain: tuple[Tensor, Tensor], v: Tensor) -> tuple[Tensor, ...]:
+        assert self.conv is not None
+        return (self._per_memory_head(v),) if len(self.conv.heads) == 1 else (*plain, v)
+
+    def _convolved(self, convolved: list[Tensor], sides: Sides, rotate: Rotate | None) -> Sides:
+        """q, k and v as the memory reads them: before the rotary embedding, after it, and the values."""
+        if len(convolved) == 1:
+            return sides[0], sides[1], convolved[0]
         q, k, v = convolved
         rotated = rotate(q, k) if self.rotary is True and rotate is not None else (q, k)
         return (q, k), rotated, v
+
+    def _read(self, memory: Tensor, stream: Tensors, x: Tensor) -> Tensor:
+        """The memory's outputs [..., H, D] with its skip and its gate, before the norm."""
+        skip = getattr(self.memory, "skip", None)
+        if skip is not None:
+            memory = skip(memory, stream["v"])
+        if self.gates_memory:
+            assert self.output_gate is not None
+            gate = F.linear(x, self.output_gate.weight.to(x.dtype)).view_as(memory)
+            memory = (memory * F.silu(gate.float())).to(memory.dtype)
+        return memory
 
     def _finish(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         if memory is not None:
@@ -170,8 +233,7 @@ class TokenMixer(nn.Module):
             if self.group_norm:
                 memory = F.layer_norm(memory.float(), memory.shape[-1:], eps=GROUP_NORM_EPS).to(memory.dtype)
             elif self.norm is not None:
-                scale = self.norm.weight.float()
-                memory = F.rms_norm(memory.float(), list(scale.shape), scale, self.norm.eps).to(memory.dtype)
+                memory = self.norm(memory)
         mixed: Tensor = self.combine(window, memory, normalizer)
         return mixed
 
@@ -187,31 +249,30 @@ class TokenMixer(nn.Module):
     ) -> Tensor:
         q, k = (context.pack(t) for t in rotated)
         v = context.pack(v)
-        seen = cache.get("length") if cache else None
+        filled = cache if cache and "length" in cache else None
         window, memory, normalizer, after = None, None, None, None
-        if self.window:
-            window = self._window(q, k, v, context.starts, cache if seen is not None else None)
+        joint = self._joins("all") and filled is None  # after a cached past, the window alone also reads the ring
+        if self.window and not joint:
+            window = self._window(q, k, v, context.starts, filled)
         stream: Tensors = {}
         recent: Tensor | None = None
         if self.memory is not None:
             sides = (context.pack(plain[0]), context.pack(plain[1])), (q, k), v
             if self.conv is not None:
-                past = cache["conv"] if cache and seen is not None else None
-                *convolved, recent = self.conv((*sides[0], v), context, past)
-                sides = self._convolved(convolved, rotate)
-            q_memory, stream = self._memory_inputs(context.pack(x), *sides, rotate)
+                past = None if filled is None else filled["conv"]
+                *convolved, recent = self.conv(self._conv_inputs(sides[0], v), context, past)
+                sides = self._convolved(convolved, sides, rotate)
+            x = context.pack(x)
+            q_memory, stream = self._memory_inputs(x, *sides, rotate)
             if context.lengths is not None:
                 stream = {n: t * context.real(t) for n, t in stream.items()}
             if not self.causal:
                 memory, normalizer = self.memory.both_ways(q_memory, stream, context.starts)
-                return context.unpack(self._finish(None, memory, normalizer))
-            entering, starts = stream, context.starts
-            if self.delay:
-                entering, starts = self._delayed(stream, context, cache if seen is not None else None)
-            state = None
-            if cache and seen is not None:
-                state = {n: cache[n] for n in self.memory.state_names}
-            memory, normalizer, after = self.memory(q_memory, entering, starts, state)
+            elif joint:
+                window, memory, normalizer, after = self._together((q, k, v), q_memory, stream, context)
+            else:
+                memory, normalizer, after = self._memorize(q_memory, stream, context, filled)
+            memory = self._read(memory, stream, x)
         out = self._finish(window, memory, normalizer)
         if cache is not None:
             self._remember(cache, k, v, stream, after, context)
@@ -219,20 +280,54 @@ class TokenMixer(nn.Module):
                 cache["conv"].copy_(recent)
         return context.unpack(out)
 
+    def _together(
+        self, near: tuple[Tensor, Tensor, Tensor], q: Tensor, stream: Tensors, context: SequenceContext
+    ) -> tuple[WindowOutput, Tensor, Tensor | None, Tensors]:
+        """Window and memory in one op: the window's output, then what `_memorize` returns."""
+        entering, starts = self._delayed(stream, context, None) if self.delay else (stream, context.starts)
+        both = hybrid_attention(
+            *near, entering.get("g"), window=self.window, sinks=self.sinks, scale=self.scaling, memory_q=q,
+            memory_k=entering["k"],
+            memory_v=None if entering["v"] is near[2] else entering["v"],  # one gradient for what both branches read
+            memory_scale=self.memory.scale, with_normalizer=self.memory.normalize, starts=context.starts,
+            memory_starts=starts,
+        )  # fmt: skip
+        return _branches(both)
+
+    def _memorize(
+        self, q: Tensor, stream: Tensors, context: SequenceContext, cache: Tensors | None
+    ) -> tuple[Tensor, Tensor | None, Tensors]:
+        """The memory's outputs, sums of weights and next states, where the stream enters when the window lets it."""
+        assert self.memory is not None
+        entering, starts = stream, context.starts
+        if self.delay:
+            entering, starts = self._delayed(stream, context, cache)
+        if self.delay and self.terrace:
+            index = self._document_index(stream["k"], context.starts, cache)
+            return terrace_memory(self.memory, q, entering, index, context, self.terrace, cache or {})
+        state = None if cache is None else {n: cache[n] for n in self.memory.state_names}
+        out: tuple[Tensor, Tensor | None, Tensors] = self.memory(q, entering, starts, state)
+        return out
+
     def _window(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, cache: Tensors | None) -> WindowOutput:
+        span = 0 if cache is None else self.window + self.sinks
+        first = starts
+        if self.terrace:
+            token = torch.arange(q.shape[1], device=q.device)
+            first = token + span - terrace_reach(self._document_index(k, starts, cache), self.terrace)
         if cache is None:
-            return self._attend(q, k, v, starts)
+            return self._attend(q, k, v, first)
         past = self._past(cache, "window_k", "sink_k"), self._past(cache, "window_v", "sink_v")
-        span = self.window + self.sinks
         missing = (span - cache["length"]).clamp(min=0)[:, None]
-        if starts is None:
-            starts = torch.full(q.shape[:2], -1, device=q.device)
-        starts = torch.where(starts < 0, missing, starts + span)
+        if not self.terrace:
+            starts = torch.full(q.shape[:2], -1, device=q.device) if starts is None else starts
+            first = torch.where(starts < 0, missing, starts + span)
+        assert first is not None
         out = self._attend(
             torch.cat([q.new_zeros(q.shape[0], span, *q.shape[2:]), q], 1),
             torch.cat([past[0], k], 1),
             torch.cat([past[1], v], 1),
-            torch.cat([missing.expand(-1, span), starts], 1),
+            torch.cat([missing.expand(-1, span), first], 1),
         )
         return WindowOutput(*(t[:, span:] for t in out))
 
@@ -264,7 +359,7 @@ class TokenMixer(nn.Module):
     def _delayed(
         self, stream: Tensors, context: SequenceContext, cache: Tensors | None
     ) -> tuple[Tensors, Tensor | None]:
-        """The stream W tokens late, without the sinks, which never leave the window."""
+        """The stream `delay` tokens late, without the sinks, which never leave the window."""
         length = stream["k"].shape[1]
         if self.sinks:
             index = self._document_index(stream["k"], context.starts, cache)
@@ -273,15 +368,15 @@ class TokenMixer(nn.Module):
         entering = {}
         for name, now in stream.items():
             if cache is None:
-                pending = now.new_zeros(now.shape[0], self.window, *now.shape[2:])
+                pending = now.new_zeros(now.shape[0], self.delay, *now.shape[2:])
             else:
-                slots = (cache["length"][:, None] + torch.arange(self.window, device=now.device)) % self.window
+                slots = (cache["length"][:, None] + torch.arange(self.delay, device=now.device)) % self.delay
                 pending = cache[f"pending_{name}"][torch.arange(now.shape[0], device=now.device)[:, None], slots]
             entering[name] = torch.cat([pending.to(now.dtype), now], 1)[:, :length]
         if context.lengths is not None:
             entering = {n: t * context.real(t) for n, t in entering.items()}
         starts = context.starts
-        return entering, None if starts is None else torch.where(starts < 0, starts, starts + self.window)
+        return entering, None if starts is None else torch.where(starts < 0, starts, starts + self.delay)
 
     @staticmethod
     def _document_index(like: Tensor, starts: Tensor | None, cache: Tensors | None) -> Tensor:
@@ -307,18 +402,16 @@ class TokenMixer(nn.Module):
             before = torch.where((last < 0) | (lengths == 0), before, -last)
         total = before + lengths
         if self.window:
-            names = {"window_k": k, "window_v": v}
-            if self.delay:
-                outside = before[:, None] + torch.arange(length, device=k.device) >= self.sinks
-                for name, t in stream.items():
-                    names[f"pending_{name}"] = t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype)
-            slot = torch.arange(self.window, device=k.device)
-            # The latest token of the document that belongs into each slot, and where it stands in this call.
-            token = total[:, None] - 1 - (total[:, None] - 1 - slot) % self.window
-            self._write(cache, names, token - before[:, None], (token >= 0) & (token >= before[:, None]), length)
-            for name in names:
-                if name.startswith("pending"):  # nothing of an earlier document may enter the memory later
-                    cache[name].mul_((token >= 0).view(*token.shape, *(1,) * (cache[name].dim() - 2)))
+            self._write_ring(cache, {"window_k": k, "window_v": v}, self.window, before, total, length)
+        if self.delay:
+            outside = before[:, None] + torch.arange(length, device=k.device) >= self.sinks
+            pending = {
+                f"pending_{name}": t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype)
+                for name, t in stream.items()
+            }
+            token = self._write_ring(cache, pending, self.delay, before, total, length)
+            for name in pending:  # nothing of an earlier document may enter the memory later
+                cache[name].mul_((token >= 0).view(*token.shape, *(1,) * (cache[name].dim() - 2)))
         if self.sinks:
             token = torch.arange(self.sinks, device=k.device).expand(batch, -1)
             fits = (token >= before[:, None]) & (token < total[:, None])
@@ -326,6 +419,15 @@ class TokenMixer(nn.Module):
         for name, state in (after or {}).items():
             cache[name].copy_(state)
         cache["length"].copy_(total)
+
+    def _write_ring(
+        self, cache: Tensors, names: Tensors, size: int, before: Tensor, total: Tensor, length: int
+    ) -> Tensor:
+        """Write the last tokens of a call into rings; return each slot's latest token in the document, or below 0."""
+        slot = torch.arange(size, device=total.device)
+        token = total[:, None] - 1 - (total[:, None] - 1 - slot) % size
+        self._write(cache, names, token - before[:, None], (token >= 0) & (token >= before[:, None]), length)
+        return token
 
     @staticmethod
     def _write(cache: Tensors, names: Tensors, index: Tensor, fits: Tensor, length: int) -> None:
@@ -347,11 +449,13 @@ class TokenMixer(nn.Module):
             cache["sink_v"] = v.new_zeros(batch, self.sinks, *v.shape[2:])
         if self.delay:
             for name, t in stream.items():
-                cache[f"pending_{name}"] = t.new_zeros(batch, self.window, *t.shape[2:])
+                cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
         if self.conv is not None:
             cache["conv"] = self.conv.empty(batch, k)
         if self.memory is not None:
             cache.update(self.memory.initial_state(batch, k.device))
+            if self.terrace and self.delay:
+                cache.update({READ + name: t for name, t in self.memory.initial_state(batch, k.device).items()})
         return cache
 
     def _step(
@@ -373,16 +477,28 @@ class TokenMixer(nn.Module):
             sides = plain, rotated, v
             one = None if rotate is None else _for_one_token(rotate)
             if self.conv is not None:
-                sides = self._convolved(self.conv.step((*plain, v), cache["conv"]), one)
+                sides = self._convolved(self.conv.step(self._conv_inputs(plain, v), cache["conv"]), sides, one)
             q_memory, stream = self._memory_inputs(x, *sides, one)
             entering = stream
             if self.delay:
-                entering = {n: cache[f"pending_{n}"][rows, length % self.window] for n in stream}
+                entering = {n: cache[f"pending_{n}"][rows, length % self.delay] for n in stream}
                 for name, t in stream.items():
                     outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
-                    cache[f"pending_{name}"].index_put_((rows, length % self.window), t * outside)
-            memory, normalizer = self.memory.step(q_memory, entering, cache)
-        if self.window:
+                    cache[f"pending_{name}"].index_put_((rows, length % self.delay), t * outside)
+            if self._joins("all", "step"):
+                both = hybrid_step(
+                    q, k, v, entering.get("g"), cache["state"], cache["window_k"], cache["window_v"], length,
+                    beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=cache.get("sink_k"),
+                    sink_v=cache.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"],
+                    scale=self.scaling, memory_scale=self.memory.scale,
+                )  # fmt: skip
+                window, memory, normalizer, _ = _branches(both)
+            elif self.terrace and self.delay:
+                memory, normalizer = terrace_step(self.memory, q_memory, entering, length, self.terrace, cache)
+            else:
+                memory, normalizer = self.memory.step(q_memory, entering, cache)
+            memory = self._read(memory, stream, x)
+        if self.window and window is None:
             slot = (rows, length % self.window)
             cache["window_k"].index_put_(slot, k)
             cache["window_v"].index_put_(slot, v)
@@ -399,9 +515,18 @@ class TokenMixer(nn.Module):
                 length,
                 scale=self.scaling,
                 softcap=self.softcap,
+                reach=terrace_reach(length, self.terrace) if self.terrace else None,
             )
         length.add_(1)
         return self._finish(window, memory, normalizer)
+
+
+def _branches(both: HybridOutput) -> tuple[WindowOutput, Tensor, Tensor | None, Tensors]:
+    """Window, memory, its normalizer, and the state behind the last token."""
+    after = {"state": both.state}
+    if both.state_norm is not None:
+        after["norm"] = both.state_norm
+    return WindowOutput(both.window, both.lse, both.row_max), both.memory, both.normalizer, after
 
 
 def _for_one_token(rotate: Rotate) -> Rotate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,3 +48,14 @@ class Fp32Part(nn.Module):
 def fp32_parameter(*shape: int, value: float = 0.0) -> nn.Parameter:
     """Return a constant parameter in fp32, whatever the default dtype is."""
     return nn.Parameter(torch.full(shape, value, dtype=torch.float32))
+
+
+def uniform(low: float, high: float, *shape: int) -> Tensor:
+    """Return fp32 numbers drawn evenly from [low, high), whatever the default dtype is."""
+    return torch.rand(shape, dtype=torch.float32) * (high - low) + low
+
+
+def step_bias(shortest: float, longest: float, *shape: int) -> Tensor:
+    """Return b in fp32 such that `softplus(b)` is drawn log-evenly (Mamba, arXiv:2312.00752, section 3.6)."""
+    steps = uniform(math.log(shortest), math.log(longest), *shape).exp().clamp(min=min(1e-4, longest))
+    return steps + torch.log(-torch.expm1(-steps))

@@ -30,7 +30,7 @@ from linearize.mixers.context import default_positions, sequence_context, visibl
 from linearize.registry import families
 
 STATIC_CACHES = ("static", "hybrid", "sliding_window", "hybrid_chunked", "offloaded_static", "offloaded_hybrid")
-FP32_MODULES = ("mixer.gate", "mixer.memory", "mixer.combine")
+FP32_MODULES = ("mixer.gate", "mixer.memory", "mixer.combine", "mixer.conv")
 
 
 class Classes(NamedTuple):
@@ -238,6 +238,11 @@ def family_of(config: Any) -> Any:
     """Return the family of a teacher's or a converted model's configuration."""
     settings = getattr(config, "linearize", None)
     return families.get(settings["model_type"] if settings else config.model_type)
+
+
+def layers_of(model: Any) -> Any:
+    """Return the layers of a teacher or a converted model, in order."""
+    return model.get_decoder().get_submodule(family_of(model.config).layers)
 
 
 def two_dimensional(

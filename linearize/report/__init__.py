@@ -9,9 +9,21 @@ All but the metrics take one plain dict, `results` (saved as `results.json`); ke
 * `samples`: `prompt`, `teacher`, `student`.
 * `cache`: `context`, `teacher_bytes`, `student_bytes`, one object per context.
 * `provenance`: nested plain values; `recipe_yaml`: a string.
+
+An evaluation (`eval.json`) is another dict: see `evaluation.py`.
 """
 
+import linearize.report.evaluation_figures  # noqa: F401  (enters its figures beside those of a run)
 from linearize.report.card import model_card
+from linearize.report.evaluation import (
+    answer_cells,
+    compare_cells,
+    evaluation_cells,
+    evaluation_page,
+    speed_cells,
+    text_cells,
+    verdicts,
+)
 from linearize.report.figures import draw_png, draw_svg
 from linearize.report.html import render_html
 from linearize.report.metrics import MetricsWriter, read_metrics, rewind
@@ -19,13 +31,20 @@ from linearize.report.table import cache_cells, quality_cells, rich_table
 
 __all__ = [
     "MetricsWriter",
+    "answer_cells",
     "cache_cells",
+    "compare_cells",
     "draw_png",
     "draw_svg",
+    "evaluation_cells",
+    "evaluation_page",
     "model_card",
     "quality_cells",
     "read_metrics",
     "render_html",
     "rewind",
     "rich_table",
+    "speed_cells",
+    "text_cells",
+    "verdicts",
 ]

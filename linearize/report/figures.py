@@ -15,7 +15,8 @@ import numpy as np
 from matplotlib import cm, colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from linearize.eval.memory import format_bytes
 from linearize.report.metrics import Record
@@ -57,8 +58,8 @@ def draw_svg(kind: str, content: Any) -> str | None:
     """Return a figure as an SVG that stands inside HTML, or None where there is nothing to draw.
 
     Args:
-        kind: `transfer`, `loss`, `quality`, `positions` or `cache`.
-        content: metrics records for the first two, `results` for the others.
+        kind: `transfer`, `loss`, `quality`, `positions`, `cache` or `probe`.
+        content: metrics records for the first two, scores for `probe`, `results` for the others.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": kind}):
         figure = FIGURES[kind](content)
@@ -121,10 +122,9 @@ def transfer_figure(records: list[Record]) -> Figure | None:
     logged = [record for record in records if record.get("layers")]
     if not logged:
         return None
-    layers = sorted(map(int, logged[0]["layers"]))
+    layers = sorted({int(layer) for record in logged for layer in record["layers"]})
     figure, (curves, ends) = panels(2, 3.6)
     palette, scale = matplotlib.colormaps["viridis"], colors.Normalize(min(layers), max(max(layers), 1))
-    tail = max(1, len(logged) // 10)
     everything: list[float] = []
     for layer in layers:
         points = [(record["tokens"], record["layers"].get(str(layer))) for record in logged]
@@ -132,6 +132,7 @@ def transfer_figure(records: list[Record]) -> Figure | None:
         if not kept:
             continue
         losses = [loss for _, loss in kept]
+        tail = max(1, len(losses) // 10)
         everything += losses
         curves.plot([tokens for tokens, _ in kept], smoothed(losses), color=palette(scale(layer)), linewidth=1.1)
         first, last = float(np.mean(losses[:tail])), float(np.mean(losses[-tail:]))
@@ -238,10 +239,37 @@ def cache_figure(results: Results) -> Figure | None:
     return figure
 
 
+def probe_figure(content: Any) -> Figure | None:
+    """Draw what each KV head is worth as exact softmax, by recall and by divergence; chosen heads are framed.
+
+    Args:
+        content: `scores`, a `ProbeScores`, and `chosen`, (layer, KV head) pairs.
+    """
+    scores, chosen = content["scores"], content["chosen"]
+    figure = Figure(figsize=(9.6, 2 * (1.3 + 0.22 * scores.kv_heads)), layout="constrained", facecolor="none")
+    measures = [("recall", "Drop of the answer's log-probability (nats)"), ("kl", "KL to the teacher (nats a token)")]
+    for place, (key, title) in enumerate(measures):
+        axes = figure.add_subplot(2, 1, place + 1, facecolor="none")
+        grid = np.zeros((scores.kv_heads, scores.layers))
+        for unit in scores.heads():
+            grid[unit.head, unit.layer] = max(0.0, getattr(unit, key))
+        image = axes.imshow(grid, aspect="auto", cmap="viridis")
+        for layer, head in chosen:
+            axes.add_patch(Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, edgecolor="#ff7a1a", linewidth=2))
+        axes.set_title(f"{title} without the KV head")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("KV head")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=False)
+        figure.colorbar(image, ax=axes, pad=0.01)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Any], Figure | None]] = {
     "quality": quality_figure,
     "positions": positions_figure,
     "transfer": transfer_figure,
     "loss": loss_figure,
     "cache": cache_figure,
+    "probe": probe_figure,
 }

@@ -8,12 +8,14 @@ from linearize import checkpoint
 from linearize.stages.base import Run, StageRunner, train
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.preference import PreferenceRunner
 from linearize.stages.transfer import TransferRunner
 
 RUNNERS: dict[str, type[StageRunner]] = {
     "transfer": TransferRunner,
     "finetune": FinetuneRunner,
     "distill": DistillRunner,
+    "preference": PreferenceRunner,
 }
 
 

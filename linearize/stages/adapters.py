@@ -115,3 +115,5 @@ def merge_lora(module: nn.Module) -> None:
                 delta = child.get_delta_weight(adapter)
                 plain.weight.copy_(plain.weight.float() + delta.float())
             setattr(parent, name, plain)
+    if hasattr(module, "peft_config"):  # peft would warn the next stage of a second adapter
+        del module.peft_config

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize import checkpoint
-from linearize.data import Corpus, PackedRows, batches
+from linearize.data import Corpus, PackedRows, batches, rows_seen
 from linearize.errors import LinearizeError
 from linearize.recipe import Stage
 from linearize.report.metrics import MetricsWriter
@@ -28,6 +28,7 @@ from linearize.surgery import Surgery
 SAVE_SECONDS = 30.0
 PLATEAU_STEPS = 100
 PLATEAU_ROWS = 32
+RATES = ("lr", "mixer_lr")
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Run:
         device: where the model is.
         autocast: dtype of the forward pass on a GPU, None for the weights' own.
         metrics: the run's metrics.jsonl.
+        load_teacher: loads the teacher onto a device.
+        teacher_copy: this stage's teacher must be loaded, because its weights are not the student's any more, or train.
         progress: takes the record of each step, to show it.
     """
 
@@ -55,6 +58,8 @@ class Run:
     autocast: torch.dtype | None = None
     metrics: Path = Path("metrics.jsonl")
     progress: Callable[[dict[str, Any]], None] = lambda record: None
+    load_teacher: Callable[[torch.device], Any] | None = None
+    teacher_copy: bool = False
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
@@ -69,6 +74,15 @@ class StageRunner(ABC):
     def __init__(self, settings: Any, run: Run) -> None:
         self.settings = settings
         self.run = run
+        self.seed = run.seed
+
+    def rows_seen(self) -> PackedRows:
+        """Return the rows that the stage trains on, and those of its held-out loss where it reads that."""
+        rows, settings = self.run.corpus.train, self.settings
+        seen = rows_seen(rows, settings.batch, self.seed, settings.steps(rows.length))
+        if settings.optimizer.schedule != "plateau":
+            return seen
+        return seen.joined(self.run.corpus.held_out[:PLATEAU_ROWS])
 
     @abstractmethod
     def prepare(self) -> dict[str, nn.Parameter]:
@@ -94,21 +108,57 @@ class StageRunner(ABC):
     def changes(self, name: str) -> bool:
         """Return whether this stage changes the entry `name` of the model's state dict."""
 
+    @property
+    def rounds(self) -> int:
+        """How often the stage's steps run, each time on other parameters."""
+        return 1
+
+    def begin(self, turn: int) -> None:  # noqa: B027  (most stages have nothing to do)
+        """Get ready for round `turn`, from 0; a run that goes on begins the round that it is in."""
+
+    def after_step(self, step: int) -> bool:
+        """Look at the model behind optimizer step `step`; return whether the stage goes on."""
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides weights and optimizer, as JSON values."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Go on from what `state` returned."""
+
+    def weights(self, rows: PackedRows) -> Tensor:
+        """Return how much each row counts in the mean over a batch: its labelled tokens."""
+        return rows.predicted().sum(1).double()
+
     def clip_groups(self, trained: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
         """Return the sets of parameters whose gradient norms are clipped together."""
         return [list(trained.values())]
 
 
-def learning_rate(settings: Stage, step: int, steps: int) -> float:
-    """Return the scheduled learning rate of a step (cosine and constant; plateau starts from `lr`)."""
+def is_mixer(name: str) -> bool:
+    """Return whether a trained parameter is a mixer's own."""
+    return ".mixer." in name
+
+
+def learning_rate(settings: Stage, step: int, steps: int, peak: float | None = None) -> float:
+    """Return the scheduled learning rate of a step (cosine and constant; plateau starts from the peak).
+
+    Args:
+        settings: the stage's.
+        step: steps done before.
+        steps: of the stage.
+        peak: highest rate; the optimizer's `lr` by default.
+    """
     optimizer = settings.optimizer
+    highest = optimizer.lr if peak is None else peak
     warmup = round(optimizer.warmup * steps)
     if step < warmup:
-        return optimizer.lr * (step + 1) / (warmup + 1)
+        return highest * (step + 1) / (warmup + 1)
     if optimizer.schedule != "cosine":
-        return optimizer.lr
+        return highest
     progress = (step - warmup) / max(1, steps - warmup)
-    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return optimizer.min_lr + (highest - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train(runner: StageRunner, name: str) -> dict[str, float]:
@@ -127,24 +177,32 @@ def train(runner: StageRunner, name: str) -> dict[str, float]:
     run, settings = runner.run, runner.settings
     seed = run.seed * 1000 + sum(name.encode())
     torch.manual_seed(seed)
+    runner.seed = seed
     trained = runner.prepare()
     dtypes = {key: parameter.dtype for key, parameter in trained.items()}
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     progress = Progress(trained, settings)
     folder = run.folder / name
-    progress.restore(folder)
+    runner.resume(progress.restore(folder))
     rows = run.corpus.train
     steps = settings.steps(rows.length)
+    total = steps * runner.rounds
     groups = runner.clip_groups(trained)
-    source = batches(rows, settings.batch, seed, start_step=progress.step)
     tokens = settings.batch * rows.length
+    source: Iterator[PackedRows] = iter(())
     saved = time.monotonic()
+    more, begun = True, -1
     with MetricsWriter(run.metrics, resume=(name, progress.step)) as metrics:
-        while progress.step < steps:
+        while more and progress.step < total:
             began = time.monotonic()
+            turn, step = divmod(progress.step, steps)
+            if turn != begun:
+                runner.begin(turn)
+                begun = turn
+                source = batches(rows, settings.batch, seed, start_step=step)
             torch.manual_seed(seed + progress.step)
-            progress.schedule(steps)
+            progress.schedule(step, steps)
             losses = _accumulate(runner, runner.batch(next(source)), settings.micro_batch or settings.batch)
             norm = _clip(groups, settings.optimizer.clip)
             if not math.isfinite(losses["loss"]) or not math.isfinite(norm):
@@ -153,19 +211,21 @@ def train(runner: StageRunner, name: str) -> dict[str, float]:
                     f"{norm}. Lower `optimizer.lr` (now {settings.optimizer.lr:g}) and start again with --fresh."
                 )
             progress.advance(lambda: runner.held_out_loss(run.corpus.held_out[:PLATEAU_ROWS]))
+            more = runner.after_step(progress.step)
             spent = time.monotonic() - began
             progress.seconds += spent
-            record = {**losses, "tokens": progress.step * tokens, "tokens_per_second": tokens / spent}
-            record |= {"lr": progress.lr, "grad_norm": norm}
+            record = {**losses, "tokens": progress.step * tokens // runner.rounds, "tokens_per_second": tokens / spent}
+            record |= {**progress.rates, "grad_norm": norm}
             metrics.write(name, progress.step, **record)
-            run.progress({"stage": name, "step": progress.step, "steps": steps, **record})
-            if progress.step < steps and time.monotonic() - saved > SAVE_SECONDS:
-                progress.save(folder)
+            run.progress({"stage": name, "step": progress.step, "steps": total, **record})
+            if more and progress.step < total and time.monotonic() - saved > SAVE_SECONDS:
+                progress.save(folder, runner.state())
                 saved = time.monotonic()
+    trained_tokens = progress.step * tokens // runner.rounds
     runner.finish()
     for key, parameter in trained.items():
         parameter.data = parameter.data.to(dtypes[key])
-    return {"tokens": float(steps * tokens), "seconds": progress.seconds}
+    return {"tokens": float(trained_tokens), "seconds": progress.seconds}
 
 
 class Progress:
@@ -180,8 +240,13 @@ class Progress:
         self.trained = trained
         self.settings = settings
         wanted = settings.optimizer
+        own = {name: parameter for name, parameter in trained.items() if is_mixer(name) and wanted.mixer_lr is not None}
+        rest = [parameter for name, parameter in trained.items() if name not in own]
+        groups = [(rest, wanted.lr), (list(own.values()), wanted.mixer_lr)]
         self.optimizer = torch.optim.AdamW(
-            trained.values(), lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay
+            [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params],
+            betas=wanted.betas,
+            weight_decay=wanted.weight_decay,
         )
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         if wanted.schedule == "plateau":
@@ -192,14 +257,15 @@ class Progress:
         self.seconds = 0.0
 
     @property
-    def lr(self) -> float:
-        """The learning rate in force."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def rates(self) -> dict[str, float]:
+        """The learning rates in force: `lr`, and `mixer_lr` where the mixers have their own."""
+        return {name: float(group["lr"]) for name, group in zip(RATES, self.optimizer.param_groups, strict=False)}
 
-    def schedule(self, steps: int) -> None:
-        """Set the learning rate of the coming step; behind its warm-up, a plateau sets its own."""
-        if self.plateau is None or self.step < round(self.settings.optimizer.warmup * steps):
-            self.optimizer.param_groups[0]["lr"] = learning_rate(self.settings, self.step, steps)
+    def schedule(self, step: int, steps: int) -> None:
+        """Set the learning rates of step `step` of `steps`; behind its warm-up, a plateau sets its own."""
+        if self.plateau is None or step < round(self.settings.optimizer.warmup * steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, step, steps, group["peak"])
 
     def advance(self, held_out_loss: Callable[[], float]) -> None:
         """Make the optimizer's step with the gradients at hand and drop them."""
@@ -209,23 +275,23 @@ class Progress:
         if self.plateau is not None and self.step % PLATEAU_STEPS == 0:
             self.plateau.step(held_out_loss())
 
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint."""
+    def save(self, folder: Path, more: dict[str, Any]) -> None:
+        """Write the checkpoint, with what the stage's runner keeps besides."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             tensors[name] = parameter
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}@{name}"] = value
-        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "lr": self.lr}
+        state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rates": self.rates, "runner": more}
         if self.plateau is not None:
             state["plateau"] = {key: getattr(self.plateau, key) for key in ("best", "num_bad_epochs", "last_epoch")}
         checkpoint.save(folder, tensors, state)
 
-    def restore(self, folder: Path) -> None:
-        """Go on from the checkpoint, if there is one."""
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Go on from the checkpoint, if there is one, and return what the stage's runner keeps."""
         found = checkpoint.load(folder)
         if found is None:
-            return
+            return {}
         tensors, state = found
         for full, tensor in tensors.items():
             key, _, name = full.rpartition("@")
@@ -236,14 +302,17 @@ class Progress:
                 like.data.copy_(tensor)
         for key, value in state.get("plateau", {}).items():
             setattr(self.plateau, key, value)
-        self.optimizer.param_groups[0]["lr"] = state["lr"]
+        for group, rate in zip(self.optimizer.param_groups, state["rates"].values(), strict=True):
+            group["lr"] = rate
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        kept: dict[str, Any] = state["runner"]
+        return kept
 
 
 def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, Any]:
     """Add the gradients of a batch, `micro` rows at a time, and return its losses."""
     total: dict[str, Any] = {}
-    for part, share in _micro_batches(rows, micro):
+    for part, share in _micro_batches(rows, runner.weights(rows), micro):
         for key, value in runner.backward(part, share).items():
             if isinstance(value, dict):
                 before = total.get(key, {})
@@ -253,11 +322,10 @@ def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, 
     return total
 
 
-def _micro_batches(rows: PackedRows, micro: int) -> Iterator[tuple[PackedRows, float]]:
-    """Parts of a batch with their shares of its labelled tokens."""
-    labelled = rows.predicted().sum(1).double()
+def _micro_batches(rows: PackedRows, weights: Tensor, micro: int) -> Iterator[tuple[PackedRows, float]]:
+    """Parts of a batch with their shares of its weight."""
     for start in range(0, len(rows), micro):
-        yield rows[start : start + micro], float(labelled[start : start + micro].sum() / labelled.sum())
+        yield rows[start : start + micro], float(weights[start : start + micro].sum() / weights.sum())
 
 
 def _clip(groups: list[list[nn.Parameter]], limit: float | None) -> float:

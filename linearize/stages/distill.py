@@ -1,61 +1,117 @@
 """End-to-end distillation: the student's distribution of the next token is brought to the teacher's.
 
-The teacher costs no second copy of the weights: it is the same decoder with the attention that surgery replaced and
-without adapters. Logits, the teacher's and the student's, exist only a chunk of tokens at a time.
+Logits, the teacher's and the student's, exist only a chunk of tokens at a time.
+
+Legend: B rows, T tokens a row, N labelled tokens, V vocabulary, k the teacher's likeliest tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from linearize.data import PackedRows
-from linearize.modeling.heads import logits_of
+from linearize.errors import LinearizeError
 from linearize.recipe import Distill
 from linearize.stages import finetune
 from linearize.stages.base import Run
-from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.finetune import FinetuneRunner, Tensors, predictions
+from linearize.stages.teachers import KeptAnswers, Teacher, layer_outputs
 
 
 class DistillRunner(FinetuneRunner):
-    """The stage on a converted model whose backbone is frozen or has adapters."""
+    """The stage on a converted model; its teacher is the model before surgery."""
 
     def __init__(self, settings: Distill, run: Run) -> None:
         super().__init__(settings, run)
-        assert run.surgery is not None
-        self.surgery = run.surgery
+        self.teacher: Teacher | None = None
+        self.kept: KeptAnswers | None = None
 
-    @contextlib.contextmanager
-    def _teacher(self) -> Iterator[None]:
-        """Turn the model into the teacher: its own attention, no adapters, no dropout, no gradients."""
-        decoder = self.run.model.get_decoder()
-        training = decoder.training
-        try:
-            with self.surgery.installed(self.surgery.teachers), without_adapters(self.run.model), torch.no_grad():
-                decoder.eval()
-                yield
-        finally:
-            decoder.train(training)
+    def prepare(self) -> dict[str, nn.Parameter]:
+        """Bring the teacher, or what it said about every row, and choose what trains.
 
-    def _reference(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor:
-        """The teacher's last hidden states of the chosen tokens [N, hidden]."""
-        with self._teacher(), self.run.precision():
-            states: Tensor = self._states(inputs)[chosen]
-        return states
+        Raises:
+            LinearizeError: `top_k` is more than the vocabulary has.
+        """
+        vocabulary = self.run.model.config.vocab_size
+        if self.settings.top_k is not None and self.settings.top_k > vocabulary:
+            raise LinearizeError(f"`top_k` is {self.settings.top_k}; the model's vocabulary has {vocabulary} tokens.")
+        if self.settings.cache:
+            settings = {"top_k": self.settings.top_k, "temperature": self.settings.temperature}
+            self.kept = KeptAnswers(self.run.folder / "teacher", self.rows_seen(), settings)
+            self.kept.fill(self._answer)
+        else:
+            self.teacher = Teacher(self.run, self.settings.teacher_device)
+        return super().prepare()
 
-    def _loss(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+    def finish(self) -> None:
+        """Let the teacher go, and leave the model ready."""
+        self.teacher = None
+        super().finish()
+
+    def _answer(self) -> Callable[[PackedRows], Tensors]:
+        """What answers for a row: the teacher's likeliest tokens `index` [N, k], `made` [N, k + 1] as in `coarse`."""
+        teacher = Teacher(self.run, self.settings.teacher_device)
+
+        def answer(row: PackedRows) -> Tensors:
+            inputs = row.inputs(self.run.device)
+            states = teacher.states(inputs)[0]
+            states = states[predictions(row, inputs["labels"])[0].to(states.device)]
+            parts = []
+            for begin in range(0, len(states), finetune.TOKENS_PER_CHUNK):
+                logits = teacher.logits(states[begin : begin + finetune.TOKENS_PER_CHUNK])
+                parts.append(self._wanted(logits))
+            index, made = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            return {"index": index.int(), "made": made}
+
+        return answer
+
+    def _wanted(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The teacher's log-probabilities and, where only the likeliest are compared, which tokens they are of."""
+        scaled = logits / self.settings.temperature
+        if self.settings.top_k is None:
+            return None, scaled.log_softmax(-1)
+        index = scaled.topk(self.settings.top_k, dim=-1).indices
+        return index, coarse(scaled, index)
+
+    def _reference(self, rows: PackedRows, inputs: Tensors, chosen: Tensor) -> Tensors:
+        """What was kept about the chosen tokens, or the teacher's final states and its layers' outputs there."""
+        if self.kept is not None:
+            return {name: tensor.to(self.run.device) for name, tensor in self.kept.read(rows).items()}
+        assert self.teacher is not None
+        states, outputs = self.teacher.states(inputs, with_layers=self.settings.hidden > 0)
+        chosen = chosen.to(states.device)
+        reference = {"states": states[chosen]}
+        if outputs:
+            reference["layers"] = torch.stack([out[chosen].to(self.run.device) for out in outputs], 1)
+        return reference
+
+    def _states(self, inputs: Tensors, chosen: Tensor, reference: Tensors) -> tuple[Tensor, Tensor | None]:
+        """The student's final states, and the mean over tokens of its layers' distance from the teacher's."""
+        with contextlib.ExitStack() as stack:
+            outputs = stack.enter_context(layer_outputs(self.run.model)) if self.settings.hidden else []
+            states, _ = super()._states(inputs, chosen, reference)
+        if not outputs:
+            return states, None
+        wanted = reference.pop("layers").float()
+        made = torch.stack([out[chosen] for out in outputs], 1).float()
+        apart = (made - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
+        return states, self.settings.hidden * apart.mean()
+
+    def _loss(self, logits: Tensor, targets: Tensor, reference: Tensors) -> Tensor:
         """The sum over tokens of KL and cross-entropy, each with its factor."""
         settings = self.settings
-        assert reference is not None
-        with torch.no_grad(), without_adapters(self.run.model), self.run.precision():
-            teacher = logits_of(self.run.model, reference)
-        wanted = F.log_softmax(teacher.float() / settings.temperature, -1)
-        made = F.log_softmax(logits / settings.temperature, -1)
+        if self.kept is not None:
+            index, wanted = reference["index"].long(), reference["made"]
+        else:
+            assert self.teacher is not None
+            index, wanted = self._wanted(self.teacher.logits(reference["states"]))  # type: ignore[assignment]
+        scaled = logits / settings.temperature
+        made = scaled.log_softmax(-1) if index is None else coarse(scaled, index)
         if settings.divergence == "forward":
             divergence = F.kl_div(made, wanted, reduction="sum", log_target=True)
         else:
@@ -65,34 +121,23 @@ class DistillRunner(FinetuneRunner):
             loss = loss + settings.cross_entropy * F.cross_entropy(logits, targets, reduction="sum")
         return loss
 
-    @torch.no_grad()
-    def held_out_loss(self, rows: PackedRows) -> float:
-        """Return the mean loss of the rows, each row with the same weight."""
-        total = 0.0
-        for index in range(len(rows)):
-            row = rows[index : index + 1]
-            inputs = row.inputs(self.run.device)
-            chosen, targets = self._predictions(row, inputs)
-            reference = self._reference(inputs, chosen)
-            with self.run.precision():
-                states = self._states(inputs)[chosen]
-            for begin in range(0, len(targets), finetune.TOKENS_PER_CHUNK):
-                part = slice(begin, begin + finetune.TOKENS_PER_CHUNK)
-                with self.run.precision():
-                    logits = logits_of(self.run.model, states[part])
-                total += float(self._loss(logits.float(), targets[part], reference[part])) / len(targets)
-        return total / len(rows)
 
+def coarse(logits: Tensor, index: Tensor) -> Tensor:
+    """Return log-probabilities of some tokens, and of all others as one.
 
-@contextlib.contextmanager
-def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Switch every LoRA adapter of a model off, and on again; which parameters train stays as it is."""
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    before = [module._disable_adapters for module in adapted]
-    for module in adapted:
-        module._disable_adapters = True
-    try:
-        yield
-    finally:
-        for module, disabled in zip(adapted, before, strict=True):
-            module._disable_adapters = disabled
+    Merging outcomes never raises a divergence (the log-sum inequality), so that the divergence of two such
+    distributions, forward or reverse, is a lower bound of the whole one.
+
+    Args:
+        logits: [N, V].
+        index: which tokens, [N, k].
+
+    Returns:
+        [N, k + 1], the last for all others; [N, k] where there are none.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    named = logits.gather(-1, index)
+    if index.shape[-1] == logits.shape[-1]:
+        return named - total
+    others = logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([named, others], -1) - total

@@ -1,10 +1,13 @@
 """Fine-tuning: LoRA adapters, merged at the end, or all parameters.
 
 The loss is the cross-entropy of the next token, or in an encoder that of masked tokens.
+
+Legend: B rows, T tokens a row, N labelled tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +24,25 @@ from linearize.stages.base import StageRunner
 
 TOKENS_PER_CHUNK = 1024
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+Tensors = dict[str, Tensor]
+
+
+def final_states(model: Any, inputs: Tensors) -> Tensor:
+    """Return the states [B, T, hidden] that a model's output embedding reads."""
+    given = packed_inputs(model.config, {name: inputs[name] for name in ("input_ids", "position_ids")})
+    states: Tensor = model.get_decoder()(**given, use_cache=False).last_hidden_state
+    return states
+
+
+def predictions(rows: PackedRows, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which final states predict a label, [B, T] bool, and those labels, [N].
+
+    Args:
+        rows: B rows.
+        labels: theirs [B, T], on the device.
+    """
+    asked = rows.predicted().to(labels.device)
+    return asked if rows.masked else asked.roll(-1, 1), labels[asked]
 
 
 class FinetuneRunner(StageRunner):
@@ -32,7 +54,7 @@ class FinetuneRunner(StageRunner):
         model.requires_grad_(False)
         model.train()
         if self.settings.train == "full":
-            model.float().requires_grad_(True)
+            model.requires_grad_(True)
             trained = dict(model.named_parameters())
         elif self.settings.train == "lora":
             add_lora(model, self.settings.lora, self._targets())
@@ -51,66 +73,69 @@ class FinetuneRunner(StageRunner):
     def _targets(self) -> list[str]:
         return lora_targets(self.run.model, self.settings.lora.targets)
 
-    def _states(self, inputs: dict[str, Tensor]) -> Tensor:
-        model = self.run.model
-        given = packed_inputs(model.config, {name: inputs[name] for name in ("input_ids", "position_ids")})
-        states: Tensor = model.get_decoder()(**given, use_cache=False).last_hidden_state
-        return states
+    def batch(self, rows: PackedRows) -> PackedRows:
+        """Mask an encoder's rows, anew at every step."""
+        masking = self.run.corpus.masking
+        return rows if masking is None else mask_rows(rows, masking, int(torch.randint(2**31, ())))
 
-    def _reference(self, inputs: dict[str, Tensor], chosen: Tensor) -> Tensor | None:
-        """What `_loss` compares with besides the labels, for each of the chosen tokens; nothing here."""
-        return None
+    def _reference(self, rows: PackedRows, inputs: Tensors, chosen: Tensor) -> Tensors:
+        """What `_loss` compares with besides the labels: tensors [N, ...], one entry for each chosen token."""
+        return {}
 
-    def _loss(self, logits: Tensor, targets: Tensor, reference: Tensor | None) -> Tensor:
+    def _states(self, inputs: Tensors, chosen: Tensor, reference: Tensors) -> tuple[Tensor, Tensor | None]:
+        """The final states of the chosen tokens [N, hidden], and a loss per token beside that of the logits."""
+        return final_states(self.run.model, inputs)[chosen], None
+
+    def _loss(self, logits: Tensor, targets: Tensor, reference: Tensors) -> Tensor:
         """The sum of the losses of logits [N, vocabulary] in fp32 with targets [N]."""
         loss = F.cross_entropy(logits, targets, reduction="sum")
         if self.settings.z_loss:
             loss = loss + self.settings.z_loss * logits.logsumexp(-1).square().sum()
         return loss
 
-    def batch(self, rows: PackedRows) -> PackedRows:
-        """Mask an encoder's rows, anew at every step."""
-        masking = self.run.corpus.masking
-        return rows if masking is None else mask_rows(rows, masking, int(torch.randint(2**31, ())))
-
-    def _predictions(self, rows: PackedRows, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Which final states predict a label, [B, T] bool, and those labels, [N]."""
-        asked = rows.predicted().to(self.run.device)
-        return asked if rows.masked else asked.roll(-1, 1), inputs["labels"][asked]
-
-    def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
-        """Add gradients of the mean loss over the labels; logits exist only a chunk of tokens at a time."""
+    def _forward(self, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
+        """The final states and the targets of the N labelled tokens, the loss beside, and the reference."""
         inputs = rows.inputs(self.run.device)
-        chosen, targets = self._predictions(rows, inputs)
-        reference = self._reference(inputs, chosen)
+        chosen, targets = predictions(rows, inputs["labels"])
+        reference = self._reference(rows, inputs, chosen)
         with self.run.precision():
-            states = self._states(inputs)
-        wanted = states[chosen]
-        leaf = wanted.detach().requires_grad_()
-        total = 0.0
+            states, beside = self._states(inputs, chosen, reference)
+        return states, targets, beside, reference
+
+    def _chunk_losses(self, states: Tensor, targets: Tensor, reference: Tensors) -> Iterator[Tensor]:
+        """The losses of the tokens, summed, a chunk of them at a time."""
         for begin in range(0, len(targets), TOKENS_PER_CHUNK):
             part = slice(begin, begin + TOKENS_PER_CHUNK)
             with self.run.precision():
-                logits = logits_of(self.run.model, leaf[part])
-            beside = None if reference is None else reference[part]
-            loss = self._loss(logits.float(), targets[part], beside) * (share / len(targets))
+                logits = logits_of(self.run.model, states[part])
+            beside = {name: tensor[part] for name, tensor in reference.items()}
+            yield self._loss(logits.float(), targets[part], beside)
+
+    def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
+        """Add gradients of the mean loss over the labels; logits exist only a chunk of tokens at a time."""
+        states, targets, beside, reference = self._forward(rows)
+        leaf = states.detach().requires_grad_()
+        total = 0.0
+        for loss in self._chunk_losses(leaf, targets, reference):
+            loss = loss * (share / len(targets))
             loss.backward()
             total += float(loss.detach())
-        wanted.backward(leaf.grad)
+        if beside is None:
+            states.backward(leaf.grad)
+        else:
+            torch.autograd.backward([states, beside * share], [leaf.grad, None])
+            total += float(beside.detach()) * share
         return {"loss": total}
 
     @torch.no_grad()
     def held_out_loss(self, rows: PackedRows) -> float:
-        """Return the mean cross-entropy of the rows, each row with the same weight."""
-        losses = []
+        """Return the mean loss of the rows, each row with the same weight."""
+        total = 0.0
         for index in range(len(rows)):
-            row = rows[index : index + 1]
-            inputs = row.inputs(self.run.device)
-            chosen, targets = self._predictions(row, inputs)
-            with self.run.precision():
-                logits = logits_of(self.run.model, self._states(inputs)[chosen])
-            losses.append(F.cross_entropy(logits.float(), targets))
-        return float(torch.stack(losses).mean())
+            states, targets, beside, reference = self._forward(rows[index : index + 1])
+            total += sum(float(loss) for loss in self._chunk_losses(states, targets, reference)) / len(targets)
+            total += 0.0 if beside is None else float(beside)
+        return total / len(rows)
 
     @torch.no_grad()
     def finish(self) -> None:

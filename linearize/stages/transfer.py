@@ -3,10 +3,15 @@
 The teacher's forward pass runs once, without gradients. At each converted layer the mixer gets the teacher's input, its
 output is compared with the teacher's, and the backward pass runs right there; the teacher's output goes on. So the
 layers are isolated from each other and only one layer's graph exists at a time.
+
+In blocks of several layers the student's hidden states pass from layer to layer inside a block, and so do gradients;
+each block begins with the teacher's. One block after the other (`order: layerwise`), the teacher's hidden states of all
+rows are kept at the entry of the block that trains.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -17,8 +22,11 @@ from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext, sequence_context
 from linearize.modeling.classes import family_of, packed_inputs
 from linearize.recipe import TRAINED_PROJECTIONS, Transfer
+from linearize.stages import base
 from linearize.stages.adapters import add_lora, attention_targets, lora_parameters, merge_lora
 from linearize.stages.base import Run, StageRunner
+from linearize.stages.blocks import BlockInputs, only
+from linearize.stages.maps import check_map, map_cross_entropy
 
 
 class TransferLayer(nn.Module):
@@ -37,40 +45,71 @@ class TransferLayer(nn.Module):
         self.settings = settings
         self.context = SequenceContext()
         self.share = 1.0
+        self.stopped = False
         self.loss = torch.zeros(())
+
+    def train(self, mode: bool = True) -> TransferLayer:
+        """Set the student's mode; the teacher stays in evaluation, for its dropout would blur the target."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Return the teacher's output; the mixer's loss is in `loss`, its gradients in its parameters."""
-        self.teacher.eval()  # its dropout would blur the target
         kwargs.pop("sequence_context", None)
-        heads: list[Tensor] = []
-        family = self.student.family
-
-        def record(module: nn.Module, given: tuple[Tensor], made: Tensor) -> None:
-            heads.extend((given[0], made))
-
-        hook = self.teacher.get_submodule(family.projections["o_proj"]).register_forward_hook(record)
-        try:
+        seen = Seen(self.teacher, self.student.family, self.settings)
+        with seen:
             out = self.teacher(hidden_states, *args, **kwargs)[0]
-        finally:
-            hook.remove()
+        if self.stopped:
+            return out, None
+        positions = kwargs.get("position_embeddings")
         with torch.set_grad_enabled(self.training):
-            made = self.student.heads(hidden_states, kwargs.get("position_embeddings"), self.context)
+            made = self.student.heads(hidden_states, positions, self.context)
             if self.settings.target == "after_o_proj":
-                loss = self._loss(family.output(self.student, made), heads[1])
+                loss = transfer_loss(self.student.family.output(self.student, made), seen.output, self.settings)
             else:
-                loss = self._loss(made.flatten(-2), heads[0])
+                loss = transfer_loss(made.flatten(-2), seen.output, self.settings)
+            if self.settings.maps and self.student.mixer is not None:
+                loss = loss + self.settings.maps * map_cross_entropy(
+                    self.teacher, self.student, hidden_states, positions, self.context
+                )
             if self.training:
                 (loss * self.share).backward()
         self.loss = loss.detach()
         return out, None
 
-    def _loss(self, made: Tensor, wanted: Tensor) -> Tensor:
-        made, wanted = made.float(), wanted.float()
-        loss = (made - wanted).square().mean()
-        if self.settings.loss == "normalized_mse":
-            loss = loss / wanted.square().mean().clamp(min=1e-12)
-        return loss * self.settings.scale
+
+class Seen:
+    """What the output projection of an attention module reads or, for `target: after_o_proj`, gives, while inside."""
+
+    def __init__(self, attention: nn.Module, family: Any, settings: Transfer) -> None:
+        self.projection = attention.get_submodule(family.projections["o_proj"])
+        self.after = settings.target == "after_o_proj"
+        self.outputs: list[Tensor] = []
+
+    @property
+    def output(self) -> Tensor:
+        """What was seen last."""
+        return self.outputs[-1]
+
+    def __enter__(self) -> Seen:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.outputs.append(output if self.after else args[0])
+
+        self.hook = self.projection.register_forward_hook(keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hook.remove()
+
+
+def transfer_loss(made: Tensor, wanted: Tensor, settings: Transfer) -> Tensor:
+    """Return the squared error of a layer's output, as the recipe scales it."""
+    made, wanted = made.float(), wanted.float()
+    loss = (made - wanted).square().mean()
+    if settings.loss == "normalized_mse":
+        loss = loss / wanted.square().mean().clamp(min=1e-12)
+    return loss * settings.scale
 
 
 class TransferRunner(StageRunner):
@@ -84,55 +123,190 @@ class TransferRunner(StageRunner):
         self.family = family_of(run.model.config)
         self.targets = attention_targets(self.family, TRAINED_PROJECTIONS[settings.train])
         self.layers: dict[int, TransferLayer] = {}
+        self.trained: dict[int, list[nn.Parameter]] = {}
+        count = run.model.config.num_hidden_layers
+        self.blocks = [range(i, min(i + settings.block, count)) for i in range(0, count, settings.block)]
+        self.patience: dict[int, tuple[float, int]] = {}
+        self.inputs: BlockInputs | None = None
 
     def prepare(self) -> dict[str, nn.Parameter]:
-        """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name."""
+        """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name.
+
+        Raises:
+            LinearizeError: `maps` is set and a mixer has no attention map.
+        """
         self.run.model.requires_grad_(False)
         trained = {}
         for index, teacher in self.surgery.teachers.items():
             student: Any = self.family.module(self.decoder, index)
+            if self.settings.maps and student.mixer is not None:
+                check_map(student.mixer)
             if self.targets:
                 add_lora(student, self.settings.lora, self.targets)
             own = {} if student.mixer is None else dict(student.mixer.named_parameters(prefix="mixer"))
             own.update(lora_parameters(student))
+            if not own:  # all heads are exact
+                continue
             for name, parameter in own.items():
                 parameter.requires_grad_(True)
                 trained[f"layers.{index}.{name}"] = parameter
             self.layers[index] = TransferLayer(teacher, student, self.settings)
+            self.trained[index] = list(own.values())
+        if self.settings.order == "layerwise":
+            batch = self.settings.micro_batch or self.settings.batch
+            self.inputs = BlockInputs(self.rows_seen(), self.blocks, self._advance, batch)
         return trained
 
+    @property
+    def rounds(self) -> int:
+        """How often the stage's steps run: once, or layerwise once for each block that has something to train."""
+        return len(self._turns()) if self.inputs is not None else 1
+
+    def _turns(self) -> list[int]:
+        """The blocks that have something to train."""
+        return [place for place, block in enumerate(self.blocks) if any(index in self.layers for index in block)]
+
+    def begin(self, turn: int) -> None:
+        """Bring the teacher's hidden states to the block that trains now."""
+        if self.inputs is not None:
+            self.inputs.move_to(self._turns()[turn])
+
     def clip_groups(self, trained: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
-        """Clip each layer on its own: their losses have nothing to do with each other."""
-        groups: dict[str, list[nn.Parameter]] = {}
+        """Clip each block on its own: their losses have nothing to do with each other."""
+        groups: dict[int, list[nn.Parameter]] = {}
         for name, parameter in trained.items():
-            groups.setdefault(name.split(".")[1], []).append(parameter)
+            groups.setdefault(int(name.split(".")[1]) // self.settings.block, []).append(parameter)
         return list(groups.values())
 
-    def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> list[float]:
-        inputs = packed_inputs(self.run.model.config, rows.inputs(self.run.device))
+    def _arguments(self, rows: PackedRows) -> dict[str, Any]:
+        inputs = rows.inputs(self.run.device)
         inputs.pop("labels")
-        batch, length = inputs["input_ids"].shape
-        context = sequence_context(batch, length, None, inputs["position_ids"], None)
+        return {**packed_inputs(self.run.model.config, inputs), "use_cache": False}
+
+    def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> dict[int, float]:
+        """Run rows, or the block whose turn it is, and return the loss of each layer that was run."""
+        context = sequence_context(len(rows), rows.length, None, rows.inputs(self.run.device)["position_ids"], None)
         for layer in self.layers.values():
             layer.share, layer.context = share, context
             layer.train(training)
-        with self.surgery.installed(self.layers), torch.no_grad(), self.run.precision():
-            self.decoder(**inputs, use_cache=False)
-        return torch.stack([layer.loss for layer in self.layers.values()]).tolist()
+        place = None if self.inputs is None or not training else self.inputs.place
+        hidden = None if place is None else self._input(rows)
+        if self.settings.block == 1:
+            ran = list(self.layers) if place is None else [self.blocks[place][0]]
+            with self.surgery.installed({**self.surgery.teachers, **self.layers}), torch.no_grad():
+                self._run(rows, None if place is None else self.blocks[place], hidden)
+        else:
+            blocks = self.blocks if place is None else [self.blocks[place]]
+            ran = [index for block in blocks for index in block if index in self.layers]
+            for block in blocks:
+                hidden = self._block(rows, block, hidden, training)
+        losses = torch.stack([self.layers[index].loss for index in ran]).tolist()
+        return dict(zip(ran, losses, strict=True))
+
+    def _input(self, rows: PackedRows) -> Tensor | None:
+        """What is kept of the rows at the entry of the block whose turn it is; None at the first."""
+        hidden = None if self.inputs is None else self.inputs.read(rows)
+        return None if hidden is None else hidden.to(self.run.device)
+
+    def _run(self, rows: PackedRows, block: range | None, hidden: Tensor | None) -> Tensor | None:
+        """Run the decoder, or a block of it from its input (None: what is embedded), and return the block's output."""
+        with self.run.precision():
+            if block is None:
+                self.decoder(**self._arguments(rows))
+                return None
+            with only(self.run.model, block, hidden) as outputs:
+                self.decoder(**self._arguments(rows))
+            return outputs[0]
+
+    def _advance(self, rows: PackedRows, block: range, hidden: Tensor | None) -> Tensor:
+        """The teacher's output of a block, from its input."""
+        with self.surgery.installed(self.surgery.teachers), torch.no_grad():
+            output = self._run(rows, block, None if hidden is None else hidden.to(self.run.device))
+        assert output is not None
+        return output
+
+    def _block(self, rows: PackedRows, block: range, hidden: Tensor | None, training: bool) -> Tensor:
+        """Run teacher and student through a block, train the student on the teacher, return the teacher's output."""
+        layers = {index: self.layers[index] for index in block if index in self.layers}
+        teachers = {index: Seen(layer.teacher, self.family, self.settings) for index, layer in layers.items()}
+        with contextlib.ExitStack() as stack:
+            for seen in teachers.values():
+                stack.enter_context(seen)
+            output = self._advance(rows, block, hidden)
+        if not layers:
+            return output
+        for layer in layers.values():
+            layer.student.context = layer.context
+        students = {index: Seen(layer.student, self.family, self.settings) for index, layer in layers.items()}
+        attention = {**self.surgery.teachers, **{index: layer.student for index, layer in layers.items()}}
+        with contextlib.ExitStack() as stack:
+            for seen in students.values():
+                stack.enter_context(seen)
+            stack.enter_context(self.surgery.installed(attention))
+            stack.enter_context(torch.set_grad_enabled(training))
+            self._run(rows, block, hidden)
+            losses = {
+                index: transfer_loss(seen.output, teachers[index].output, self.settings)
+                for index, seen in students.items()
+            }
+            if training:
+                (torch.stack(list(losses.values())).sum() * next(iter(layers.values())).share).backward()
+        for index, layer in layers.items():
+            layer.loss = layer.loss if layer.stopped else losses[index].detach()
+        return output
 
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
         """Train every layer on a micro-batch; `loss` is the mean over layers, `layers` has each."""
-        losses = [loss * share for loss in self._pass(rows, training=True, share=share)]
-        return {"loss": sum(losses) / len(losses), "layers": dict(zip(self.layers, losses, strict=True))}
+        losses = {index: loss * share for index, loss in self._pass(rows, training=True, share=share).items()}
+        for index, parameters in self.trained.items():
+            if self.layers[index].stopped:
+                for parameter in parameters:
+                    parameter.grad = None
+        return {"loss": sum(losses.values()) / len(losses), "layers": losses}
+
+    def _held_out(self, rows: PackedRows) -> dict[int, float]:
+        """The mean over rows of each layer's loss."""
+        each = [self._pass(rows[i : i + 1], training=False) for i in range(len(rows))]
+        return {index: sum(losses[index] for losses in each) / len(each) for index in each[0]}
 
     def held_out_loss(self, rows: PackedRows) -> float:
         """Return the mean over layers and rows."""
-        each = [self._pass(rows[i : i + 1], training=False) for i in range(len(rows))]
-        return sum(map(sum, each)) / (len(each) * len(each[0]))
+        losses = self._held_out(rows)
+        return sum(losses.values()) / len(losses)
+
+    def after_step(self, step: int) -> bool:
+        """Stop the layers whose held-out loss has not fallen for too long; return whether any still trains."""
+        if self.settings.patience is None or step % base.PLATEAU_STEPS:
+            return True
+        for index, loss in self._held_out(self.run.corpus.held_out[: base.PLATEAU_ROWS]).items():
+            layer, (best, waited) = self.layers[index], self.patience.get(index, (float("inf"), 0))
+            if layer.stopped:
+                continue
+            self.patience[index] = (loss, 0) if loss < best else (best, waited + 1)
+            layer.stopped = self.patience[index][1] >= self.settings.patience
+            layer.loss = torch.tensor(loss, device=self.run.device)
+        return not all(layer.stopped for layer in self.layers.values())
+
+    def state(self) -> dict[str, Any]:
+        """Return which layers have stopped, their losses, and how long the others have waited."""
+        return {
+            str(index): [*self.patience[index], layer.stopped, float(layer.loss)]
+            for index, layer in self.layers.items()
+            if index in self.patience
+        }
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for key, (best, waited, stopped, loss) in state.items():
+            layer = self.layers[int(key)]
+            self.patience[int(key)] = (best, waited)
+            layer.stopped, layer.loss = stopped, torch.tensor(loss, device=self.run.device)
 
     def finish(self) -> None:
         """Merge adapters into projections of the mixers' own and leave the teacher's as they are."""
+        self.inputs = None
         for layer in self.layers.values():
+            layer.student.context = None
             merge_lora(layer.student)
         self.run.model.requires_grad_(False)
 

@@ -6,6 +6,7 @@ bf16 is left to the GPU check of `scripts/bench_kernels.py`: the interpreter's b
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from bench_kernels import BOUNDS, GATES, linear_errors, relative, window_errors
+from bench_kernels import BOUNDS, GATES, delta_errors, hybrid_errors, linear_errors, relative, window_errors
 
+from linearize.kernels import configs
+from linearize.kernels.delta import delta_product, delta_product_step, gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
+from linearize.kernels.reference import gated_delta_reference, window_reference
+from linearize.kernels.scan import selective_scan
 from linearize.kernels.window import window_attention, window_step
 
 
@@ -42,6 +47,21 @@ def test_gated_linear_and_every_gradient(gate: str, packed: bool) -> None:
     check(linear_errors(gate, torch.float32, 2, 70, 6, 2, 24, 40, packed=packed, normalizer=packed, device="cpu"))
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_walk_cut_into_segments(gate: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "SHORTEST", 1)
+    configs.gated_linear_tiles.cache_clear()
+    try:
+        assert configs.gated_linear_tiles(torch.float32, 16, 24, 1, 2, 150).segments == 4
+        shape = (1, 150, 2, 1, 16, 24)
+        errors = linear_errors(gate, torch.float32, *shape, packed=packed, normalizer=packed, device="cpu")
+    finally:
+        configs.gated_linear_tiles.cache_clear()
+    # A fixed gate's gradient is a sum over all tokens that can come out near 0.
+    check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
+
+
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_gates_from_zero_to_minus_infinity(gate: str) -> None:
     check(linear_errors(gate, torch.float32, 1, 70, 2, 1, 16, 16, harsh=True, device="cpu"))
@@ -58,7 +78,43 @@ def test_one_gate_for_all(slope: float) -> None:
     assert relative(o, torch.einsum("bhij,bjhv->bihv", weights * decay, v.expand_as(q)).double()) < 2e-5
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_delta_rule_and_every_gradient(gate: str, packed: bool) -> None:
+    shape = (2, 70, 6, 2, 24, 40)
+    check(delta_errors(gate, torch.float32, *shape, packed=packed, top=2.0, unit=packed, device="cpu"))
+
+
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
+def test_delta_rule_with_gates_from_zero_to_minus_infinity(gate: str) -> None:
+    check(delta_errors(gate, torch.float32, 1, 70, 2, 1, 16, 16, harsh=True, device="cpu"))
+
+
+@pytest.mark.parametrize("gate", ["none", "fixed", "scalar", "vector"])
+def test_delta_steps_follow_the_parallel_form(gate: str) -> None:
+    B, T, n, H, G, K, V = 2, 6, 2, 4, 2, 16, 24
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, n, G, K), torch.randn(B, T, n, G, V)
+    beta, state = 2 * torch.rand(B, T, n, G), torch.randn(B, G, K, V)
+    shape = {"none": None, "fixed": (G,), "scalar": (B, T, G), "vector": (B, T, G, K)}[gate]
+    g = None if shape is None else -torch.rand(shape)
+    one = gated_delta_rule(q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], g, scale=0.5, initial_state=state, l2norm=True)
+    whole = delta_product(q, k, v, beta, g, scale=0.5, initial_state=state, l2norm=True)
+    states = state.clone(), state.clone()
+    for t in range(T):
+        g_t = g if g is None or gate == "fixed" else g[:, t]
+        given = k[:, t, 0], v[:, t, 0], beta[:, t, 0], g_t, states[0]
+        torch.testing.assert_close(
+            gated_delta_step(q[:, t], *given, scale=0.5, l2norm=True), one.o[:, t], rtol=1e-4, atol=1e-4
+        )
+        given = k[:, t], v[:, t], beta[:, t], g_t, states[1]
+        o = delta_product_step(q[:, t], *given, scale=0.5, l2norm=True)
+        torch.testing.assert_close(o, whole.o[:, t], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states, (one.state, whole.state), rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision() -> None:
+    check(delta_errors("scalar", torch.float16, 1, 70, 4, 2, 16, 16, top=2.0, device="cpu"), torch.float16)
+    check(delta_errors("vector", torch.float16, 1, 40, 4, 2, 16, 16, unit=True, device="cpu"), torch.float16)
     check(linear_errors("vector", torch.float16, 1, 40, 4, 2, 16, 16, device="cpu"), torch.float16)
     check(window_errors(torch.float16, 1, 40, 4, 2, 16, 16, 16, 2, device="cpu"), torch.float16)
 
@@ -66,6 +122,29 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize(("window", "sinks", "packed"), [(16, 0, False), (16, 3, True), (33, 5, True), (1, 40, False)])
 def test_window_and_every_gradient(window: int, sinks: int, packed: bool) -> None:
     check(window_errors(torch.float32, 2, 90, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("gate", "apart", "packed"), [("vector", False, True), ("scalar", True, True), ("none", True, False)]
+)
+def test_both_branches_in_one_op_and_every_gradient(gate: str, apart: bool, packed: bool) -> None:
+    check(hybrid_errors(gate, torch.float32, 2, 50, 4, 2, 16, 24, apart=apart, packed=packed, device="cpu"))
+
+
+def test_nothing_but_inputs_and_rows_is_kept_for_the_backward() -> None:
+    B, T, H, G, D = 1, 200, 4, 2, 16
+    q, k, v, g = (torch.randn(B, T, h, D) for h in (H, G, G, G))
+    shapes = []
+
+    def pack(x: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        hybrid_attention(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), -g.abs(), window=16)
+    inputs = [(B, T, H, D), (B, T, G, D), (B, T, G, D), (B, T, G, D)]
+    rows = [(B, T, H, D), (B, T, H), (B, T, H)]  # the window's output, its log-sum-exp, where its largest score was
+    assert sorted(shapes) == sorted(inputs + rows)
 
 
 def test_views_of_a_packed_qkv_are_not_copied() -> None:
@@ -113,6 +192,31 @@ def test_steps_follow_the_parallel_form(gate: str, sinks: int) -> None:
     torch.testing.assert_close(state, whole.state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+def test_a_step_of_the_delta_rule_beside_a_window_of_another_width(gate: str) -> None:
+    B, T, H, G, K, M, V, W = 2, 7, 4, 2, 16, 40, 24, 3
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, G, K), torch.randn(B, T, G, V)
+    mq, mk = (torch.nn.functional.normalize(torch.randn(B, T, h, M), dim=-1) for h in (H, G))
+    beta = torch.rand(B, T, G) * 2
+    g = {"none": None, "scalar": -torch.rand(B, T, G), "vector": -torch.rand(B, T, G, M)}[gate]
+    start = torch.randn(B, G, M, V)
+    near = window_reference(q, k, v, window=W)[0]
+    far, last = gated_delta_reference(mq, mk, v, beta, g, scale=0.5, initial_state=start)
+    state, alone, length = start.clone(), start.clone(), torch.zeros(B, dtype=torch.long)
+    rings = torch.zeros(B, W, G, K), torch.zeros(B, W, G, V)
+    for t in range(T):
+        g_t = None if g is None else g[:, t]
+        both = hybrid_step(
+            q[:, t], k[:, t], v[:, t], g_t, state, *rings, length, beta=beta[:, t], memory_q=mq[:, t],
+            memory_k=mk[:, t], memory_scale=0.5,
+        )  # fmt: skip
+        o = gated_delta_step(mq[:, t], mk[:, t], v[:, t], beta[:, t], g_t, alone, scale=0.5)
+        length += 1
+        for got, wanted in ((both.window, near), (both.memory, far), (o, far)):
+            assert relative(got, wanted[:, t]) < 2e-5
+    assert relative(state, last) < 2e-5 and relative(alone, last) < 2e-5
+
+
 def test_compiles_without_a_graph_break() -> None:
     q, k, v = (torch.randn(1, 40, h, 16).requires_grad_() for h in (4, 2, 2))
     g = (-torch.rand(1, 40, 2, 16)).requires_grad_()
@@ -122,11 +226,15 @@ def test_compiles_without_a_graph_break() -> None:
         assert out.normalizer is not None
         return out.window + out.memory / (1 + out.normalizer[..., None].abs())
 
-    results = []
-    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        out = call()
-        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v, g))))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    def delta() -> Tensor:
+        return gated_delta_rule(q, k, v, k.mean(-1).sigmoid(), g, l2norm=True).o
+
+    for op in (run, delta):
+        results = []
+        for call in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
+            out = call()
+            results.append((out, *torch.autograd.grad(out.sum(), (q, k, v, g))))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @settings(max_examples=8, deadline=None)
@@ -136,6 +244,32 @@ def test_compiles_without_a_graph_break() -> None:
 )  # fmt: skip
 def test_any_shape(gate: str, T: int, G: int, repeat: int, K: int, V: int, window: int, sinks: int) -> None:
     # A fixed gate's gradient is a sum over all tokens that can come out near 0.
-    errors = linear_errors(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
-    check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
+    for op in (linear_errors, delta_errors):
+        errors = op(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
+        check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
     check(window_errors(torch.float32, 1, T, G * repeat, G, K, V, window, sinks, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "key_dim", "size", "value_dim"),
+    [(1, 2, 2, 8, 8, 8), (70, 6, 2, 12, 4, 9), (64, 3, 1, 10, 5, 6), (129, 2, 2, 8, 4, 8)],
+)
+def test_scan_and_every_gradient(length, heads, groups, key_dim, size, value_dim):
+    shapes = {"q": (heads, key_dim), "k": (groups, key_dim), "v": (groups, value_dim), "dt": (groups, value_dim)}
+    tensors = {name: torch.randn(2, length, *shape) for name, shape in shapes.items()}
+    tensors["dt"] = tensors["dt"].exp() / 8
+    tensors["rate"] = torch.randn(groups, value_dim, size).exp()
+    tensors["initial_state"] = torch.randn(2, groups, value_dim, size)
+    begins = [[], [0, length // 3]]
+    starts = [[max([b for b in row if b <= t], default=-1) for t in range(length)] for row in begins]
+    results = {}
+    for backend in ("triton", "reference"):
+        os.environ["LINEARIZE_BACKEND"] = backend
+        given = {name: t.double() if backend == "reference" else t.clone() for name, t in tensors.items()}
+        given = {name: t.requires_grad_() for name, t in given.items()}
+        out = selective_scan(**given, starts=torch.tensor(starts))
+        torch.manual_seed(7)
+        sum((t * torch.randn(t.shape)).sum() for t in out).backward()
+        results[backend] = {**out._asdict(), **{f"d{name}": t.grad for name, t in given.items()}}
+    for name, ours in results["triton"].items():
+        assert relative(ours, results["reference"][name].double()) < 2e-5, name

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from dry_compile import Needs, compile_calls, transposed_accumulators
 
-from linearize.kernels import gated_linear_triton, step_triton, window_triton
+from linearize.kernels import delta_triton, gated_linear_triton, scan_triton, step_triton, window_triton
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
-SPILL = {"vector": 2400, "scalar": 900, "none": 900, "window": 500}  # bytes a thread
+SPILL = {"vector": 2600, "scalar": 900, "none": 900, "window": 500}  # bytes a thread
 
 
 def linear(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
@@ -34,6 +34,20 @@ def linear(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable
         given = (q, k, v, g, None, None, None, 1.0, False)
         gated_linear_triton._run_forward(*given)
         gated_linear_triton._run_backward(do, None, None, None, *given)
+
+    return calls
+
+
+def delta(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
+    B, T, H, G = 4, 128, 16, 8
+    q, k, v, do = (torch.empty(B, T, heads, dim, dtype=dtype) for heads in (H, G, G, H))
+    shape = {"none": None, "scalar": (B, T, G), "vector": (B, T, G, dim)}[gate]
+    g = None if shape is None else torch.empty(shape, dtype=dtype)
+
+    def calls() -> None:
+        given = (q, k, v, torch.empty(B, T, G, dtype=dtype), g, None, None, 1.0, 1e-6)
+        delta_triton._run_forward(*given)
+        delta_triton._run_backward(do, None, *given)
 
     return calls
 
@@ -56,9 +70,28 @@ def step(dim: int) -> Callable[[], None]:
     def calls() -> None:
         step_triton.hybrid_step_triton(
             new(8, dim), new(2, dim), new(2, dim), new(64, 2, dim), new(64, 2, dim), new(4, 2, dim), new(4, 2, dim),
-            torch.zeros(2, dtype=torch.int64), new(8, dim), new(2, dim), new(2, dim), new(2, dim),
+            torch.zeros(2, dtype=torch.int64), new(8, dim), new(2, dim), new(2, dim), new(2, dim), None,
             new(2, dim, dim, dtype=torch.float32), new(2, dim, dtype=torch.float32), 1.0, 1.0,
         )  # fmt: skip
+
+    return calls
+
+
+def delta_step(dim: int) -> Callable[[], None]:
+    q, k, v, g = (torch.empty(2, heads, dim, dtype=torch.bfloat16) for heads in (8, 2, 2, 2))
+    return lambda: step_triton.gated_delta_step_triton(
+        q, k, v, torch.empty(2, 2), g, torch.empty(2, 2, dim, dim), 1.0, 1e-6
+    )
+
+
+def scan(repeat: int) -> Callable[[], None]:
+    q, k, v = (torch.empty(2, 128, heads, 128, dtype=torch.bfloat16) for heads in (8 * repeat, 8, 8))
+    dt, goes_on = torch.empty(2, 128, 8, 128), torch.empty(2, 128)
+    rate, state = torch.empty(8, 128, 16), torch.empty(2, 8, 128, 16)
+
+    def calls() -> None:
+        o, final, kept = scan_triton._run_forward(q, k, v, dt, rate, goes_on, state)
+        scan_triton._run_backward(o, final, q, k, v, dt, rate, goes_on, kept)
 
     return calls
 
@@ -70,9 +103,17 @@ def check(needs: list[Needs], capability: int, spill: int) -> None:
         assert not need.transposed, f"{need.name}: the transpose of an accumulator feeds a dot: {need.transposed}"
 
 
+UNTUNED = {linear: {80: 4, 90: 1}, delta: {80: 9, 90: 1}}  # the tiles are Hopper's
+
+
 @pytest.mark.parametrize("capability", [90, 80])
 def test_scalar_gates(capability: int) -> None:
     check(compile_calls(linear("scalar", 64), capability), capability, SPILL["scalar"])
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_delta_rule(capability: int) -> None:
+    check(compile_calls(delta("scalar", 64), capability), capability, UNTUNED[delta][capability] * SPILL["scalar"])
 
 
 def test_vector_gates() -> None:
@@ -86,6 +127,13 @@ def test_window(capability: int) -> None:
 
 def test_step() -> None:
     check(compile_calls(step(128), 90), 90, 0)
+    check(compile_calls(delta_step(128), 90), 90, 0)
+
+
+@pytest.mark.parametrize("repeat", [1, 4])
+@pytest.mark.parametrize("capability", [90, 80])
+def test_scan(capability: int, repeat: int) -> None:
+    check(compile_calls(scan(repeat), capability), capability, 0)
 
 
 @pytest.mark.parametrize("last", ["#shared3, #smem>", "#shared, #smem>\n %t = ttg.memdesc_trans %b {order"])
@@ -102,6 +150,14 @@ def test_the_scan_finds_both_forms_of_a_transposed_accumulator(last: str) -> Non
 @pytest.mark.parametrize("capability", [90, 80])
 def test_every_row_of_the_table(gate: str, dim: int, capability: int) -> None:
     slack = 2 if dim == 256 else 1
-    untuned = 4 if capability == 80 else 1  # the tiles are Hopper's
-    check(compile_calls(linear(gate, dim), capability), capability, slack * untuned * SPILL[gate])
+    for op in (linear, delta):
+        check(compile_calls(op(gate, dim), capability), capability, slack * UNTUNED[op][capability] * SPILL[gate])
     check(compile_calls(window(dim, sinks=4), capability), capability, slack * SPILL["window"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_delta_rule_of_other_dtypes(gate: str, dim: int, dtype: torch.dtype) -> None:
+    check(compile_calls(delta(gate, dim, dtype), 90), 90, 2**15)  # right, not fast

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from linearize.kernels.delta import gated_delta_rule, gated_delta_step
+from linearize.kernels.delta import delta_product, delta_product_step, gated_delta_rule, gated_delta_step
 from linearize.kernels.reference import gated_delta_reference
 
 GATES = {
@@ -117,6 +117,82 @@ def test_any_shape(gate: str, T: int, G: int, repeat: int, K: int, V: int, top: 
     out = gated_delta_rule(**given)
     assert relative(out.o, o) < 2e-5
     assert relative(out.state, state) < 2e-5
+
+
+def products(gate: str, B: int, T: int, n: int, H: int, G: int, K: int, V: int) -> dict[str, Tensor | None]:
+    given = inputs(gate, B, T * n, H, G, K, V, top=2.0)
+    given |= {name: given[name].unflatten(1, (T, n)) for name in ("k", "v", "beta")}
+    gated = gate in ("scalar", "vector")
+    return given | {"q": given["q"][:, :T], "log_decay": given["log_decay"][:, :T] if gated else given["log_decay"]}
+
+
+def product_by_loop(q, k, v, beta, log_decay, initial_state, starts=None):
+    """`S <- exp(g) S`, then n times `S <- S + b k (v - k^T S)^T`, then `o = q^T S`; a new document empties S."""
+    state, outputs, repeat = initial_state, [], q.shape[2] // k.shape[3]
+    g = torch.zeros(k.shape[3]) if log_decay is None else log_decay
+    for t in range(q.shape[1]):
+        if starts is not None:
+            before = starts[:, t - 1] if t else torch.full_like(starts[:, 0], -1)
+            state = torch.where((starts[:, t] != before)[:, None, None, None], 0.0, state)
+        decay = (g if g.dim() == 1 else g[:, t]).double().exp()
+        state = state * (decay[..., None] if g.dim() == 4 else decay[..., None, None])
+        for i in range(k.shape[2]):
+            key, strength = k[:, t, i, :, :, None], beta[:, t, i, :, None, None]
+            visible = 1.0 if starts is None else (starts[:, t] <= t).double()[:, None, None, None]
+            state = state + visible * strength * key * (v[:, t, i, :, None] - key.transpose(-1, -2) @ state)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state.repeat_interleave(repeat, 1)))
+    return torch.stack(outputs, 1), state
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("n", "packed"), [(1, False), (3, False), (2, True)])
+def test_products_and_their_gradients_equal_the_loop(gate: str, n: int, packed: bool) -> None:
+    torch.manual_seed(4)
+    given = products(gate, 2, 50, n, 4, 2, 10, 6)
+    starts = documents(2, 50) if packed else None
+    low = {name: None if x is None else x.clone().requires_grad_() for name, x in given.items()}
+    high = {name: None if x is None else x.double().requires_grad_() for name, x in given.items()}
+    out = delta_product(**low, starts=starts)
+    o, state = product_by_loop(**high, starts=starts)
+    assert relative(out.o, o) < 2e-5
+    assert relative(out.state, state) < 2e-5
+    weights = torch.randn_like(o), torch.randn_like(state)
+    ((out.o * weights[0]).sum() + (out.state * weights[1]).sum()).backward()
+    ((o * weights[0]).sum() + (state * weights[1]).sum()).backward()
+    for name, x in low.items():
+        if x is not None:
+            assert relative(x.grad, high[name].grad) < 2e-5, name
+
+
+@pytest.mark.parametrize("gate", ["none", "fixed", "vector"])
+def test_product_steps_equal_one_call(gate: str) -> None:
+    torch.manual_seed(5)
+    given = products(gate, 2, 9, 2, 4, 2, 10, 6)
+    whole = delta_product(**given, l2norm=True, scale=0.5)
+    state = given["initial_state"].clone()
+    for t in range(9):
+        names = ("q", "k", "v", "beta") if gate == "fixed" else ("q", "k", "v", "beta", "log_decay")
+        step = {n: None if given[n] is None else given[n][:, t] for n in names}
+        o = delta_product_step(**{"log_decay": given["log_decay"], **step}, state=state, l2norm=True, scale=0.5)
+        torch.testing.assert_close(o, whole.o[:, t], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, whole.state, rtol=1e-4, atol=1e-5)
+
+
+def test_products_of_documents_equal_separate_documents() -> None:
+    torch.manual_seed(6)
+    given = {n: x for n, x in products("scalar", 1, 40, 2, 4, 2, 8, 6).items() if n != "initial_state"}
+    packed = delta_product(**given, cu_seqlens=torch.tensor([0, 13, 40])).o
+    for begin, end in ((0, 13), (13, 40)):
+        alone = delta_product(**{n: x[:, begin:end] for n, x in given.items()}).o
+        torch.testing.assert_close(packed[:, begin:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_products_of_the_wrong_shape_are_refused() -> None:
+    given = products("none", 1, 8, 2, 2, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"expected k \[B, T, n, G, K\]"):
+        delta_product(**{**given, "beta": given["beta"][:, :, 0]})
+    with pytest.raises(ValueError, match="q has shape"):
+        delta_product(**{**given, "q": given["q"][:, :5]})
 
 
 def test_beta_of_the_wrong_shape_is_refused() -> None:

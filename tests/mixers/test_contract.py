@@ -79,13 +79,15 @@ def parts(draw, kind):
 @st.composite
 def mixers(draw):
     fields = {kind: draw(parts(kind)) for kind in PARTS}
-    sizes = st.fixed_dictionaries({"size": st.integers(1, 12), "sinks": st.integers(0, 5)})
+    sliding = st.fixed_dictionaries({"size": st.integers(1, 12), "sinks": st.integers(0, 5)})
+    sizes = sliding | st.fixed_dictionaries({"size": st.integers(1, 12), "kind": st.just("terrace")})
     fields["window"] = draw(sizes) if PARTS["combine"].get(fields["combine"]["name"]).uses_window else None
-    for switch in ("normalize", "overlap", "output_gate"):
+    for switch in ("normalize", "overlap"):
         fields[switch] = draw(st.booleans())
     fields["rotary"] = draw(st.sampled_from((False, True, "features")))
-    fields["output_norm"] = draw(st.sampled_from((False, True, "group")))
-    fields["conv"] = draw(st.sampled_from((None, 2, 4)))
+    fields["output_norm"] = draw(st.sampled_from((False, True, "group", "per_head")))
+    fields["output_gate"] = draw(st.sampled_from((False, True, "silu")))
+    fields["conv"] = draw(st.sampled_from((None, 2, {"inputs": "v", "activation": "silu", "identity": False})))
     fields["k_map_heads"] = draw(st.sampled_from(("kv", "query")))
     return Mixer.model_validate(fields).model_dump()
 
@@ -292,14 +294,28 @@ def test_exact_start_of_a_window_as_long_as_the_input(random_teacher, make_mixer
 FEATURES = {
     "identity": lambda x, p: x,
     "softmax": lambda x, p: x.softmax(-1),
+    "exp": lambda x, p: x.exp() / x.exp().amax(-1, keepdim=True),
     "l2norm": lambda x, p: x / (x * x).sum(-1, keepdim=True).sqrt(),
-    "hedgehog": lambda x, p: torch.cat(
+    "hedgehog": lambda x, p, dim=64: torch.cat(
         [(s * torch.stack([x[:, j] @ p["weight"][j] for j in range(x.shape[1])], 1)).softmax(-1) for s in (1, -1)], -1
     ),
     "relu_mlp": lambda x, p, identity=False: torch.stack(
         [(p["linear.weight"] @ token.flatten() + p["linear.bias"]).clamp(min=0).view_as(token) for token in x]
     ),
 }
+
+
+def _taylor(x, p, dim=16):
+    """Every product of two entries as a feature of its own, as published: F = 1 + dim + dim^2."""
+    z = torch.stack([x[:, j] @ p["weight"][j] for j in range(x.shape[1])], 1) / dim**0.25
+    return torch.cat([torch.ones_like(z[..., :1]), z, (z[..., None] * z[..., None, :]).flatten(-2) / 2**0.5], -1)
+
+
+def _t2r(x, p, dim=32, identity=False):
+    return torch.stack([(x[:, j] @ p["weight"][j] + p["bias"][j]).clamp(min=0) for j in range(x.shape[1])], 1)
+
+
+FEATURES.update(taylor=_taylor, t2r=_t2r)
 
 
 def _fixed(x, k, p, first=5.0, last=None, slopes=False):
@@ -312,12 +328,20 @@ def _fixed(x, k, p, first=5.0, last=None, slopes=False):
     return torch.tensor([1 - 2**-e for e in exponents]).double().log()[None, :, None].expand(*k.shape[:2], 1)
 
 
+def _step_size(x, p):
+    return (1 + (x @ p["weight"].T + p["bias"]).exp()).log()
+
+
 GATES = {
     "none": lambda x, k, p: torch.zeros_like(k[..., :1]),
     "fixed": _fixed,
     "key": lambda x, k, p, normalizer=16.0, bias=None: F.logsigmoid(k + p.get("bias", 0.0)) / normalizer,
+    "lower_bounded": lambda x, k, p, highest=1.0: (1 / (1 + (-k).exp())).log(),  # the bound of the first layer is 0
     "hgrn2": lambda x, k, p: (1 / (1 + (-k).exp())).log(),
     "key_softplus": lambda x, k, p: -(1 + k.exp()).log(),
+    "dt": lambda x, k, p, **drawn: (-p["log_rate"].exp() * (1 + (x @ p["weight"].T + p["bias"]).exp()).log())[
+        ..., None
+    ],
     "scalar": lambda x, k, p, normalizer=1.0, bias=6.0: (F.logsigmoid(x @ p["weight"].T + p["bias"]) / normalizer)[
         ..., None
     ],
@@ -352,6 +376,23 @@ def _beta(x, p, scale=1.0, bias=0.0, negative=False):
     return (x @ p["weight"].T + p["bias"]).sigmoid() * (2 if negative else 1)
 
 
+def scan_inputs(x, p, channels):
+    """Mamba-1's step sizes [T, heads, V] and its rates [heads, V, N]."""
+    dt = (1 + (x @ p["down"].T @ p["up"].T + p["bias"]).exp()).log()
+    return dt.view(len(x), -1, channels), p["log_rate"].exp()
+
+
+def scan_token(scan, t, state, key, value):
+    """A token of Mamba-1, as a state [heads, K, V] that is 0 wherever channel v does not work with key entry k."""
+    (dt, rate), size, channels = scan, scan[1].shape[-1], torch.arange(value.shape[-1])
+    new = torch.zeros_like(state)
+    for n in range(size):
+        entries = channels // size * size + n  # as many key entries as channels
+        decay = (-dt[t] * rate[:, :, n]).exp()
+        new[:, entries, channels] = decay * state[:, entries, channels] + dt[t] * value * key[:, entries]
+    return new
+
+
 def options(part):
     return {key: value for key, value in part.items() if key != "name"}
 
@@ -366,10 +407,12 @@ def rope(x, positions=None):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def convolve(weight, *tensors):
-    """Each channel of q, k and v [T, heads, D] mixed with its past; channels lie in this order in the weight."""
+def convolve(weight, bias, activation, *tensors):
+    """Each channel of the tensors [T, heads, D] mixed with its past; channels lie in this order in the weight."""
     x = torch.cat([t.flatten(1) for t in tensors], 1)
     out = torch.stack([sum(weight[:, i] * x[t - i] for i in range(min(t + 1, weight.shape[1]))) for t in range(len(x))])
+    out = out + bias
+    out = out / (1 + (-out).exp()) if activation == "silu" else out
     parts = out.split([t[0].numel() for t in tensors], 1)
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
@@ -383,36 +426,52 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
 
     (length, heads), groups = plain[0].shape[:2], v.shape[1]
     size, sinks = (spec["window"]["size"], spec["window"]["sinks"]) if spec["window"] else (0, 0)
+    terrace = bool(spec["window"]) and spec["window"]["kind"] == "terrace"
     delay = 0 if spec["overlap"] else size
     has_memory = spec["combine"]["name"] != "window_only"
     repeat = heads // groups if spec["k_map_heads"] == "query" else 1
     window_q, window_keys, window_values = rotated[0], rotated[1], v
-    if spec["conv"]:
-        q, k, v = convolve(named["conv.weight"], *plain, v)
+    convolved = spec["conv"]["inputs"] if spec["conv"] else None
+    conv = (named["conv.weight"], named["conv.bias"], spec["conv"]["activation"]) if convolved else ()
+    if convolved == "qkv":
+        q, k, v = convolve(*conv, *plain, v)
         plain, rotated = (q, k), (rope(q), rope(k))
     k_gate, k, values = (
         t.repeat_interleave(repeat, 1) for t in (plain[1], (rotated if spec["rotary"] is True else plain)[1], v)
     )
+    if convolved == "v":
+        (values,) = convolve(*conv, values)
     owners = [h * groups * repeat // heads for h in range(heads)]  # the memory head that each query head reads
     if has_memory:
         phi = FEATURES[spec["feature_map"]["name"]]
-        phi_q, phi_k = phi((rotated if spec["rotary"] is True else plain)[0], of("q_map")), phi(k, of("k_map"))
+        how = options(spec["feature_map"])
+        phi_q = phi((rotated if spec["rotary"] is True else plain)[0], of("q_map"), **how)
+        phi_k = phi(k, of("k_map"), **how)
         keep = GATES[spec["gate"]["name"]](x, k_gate, of("gate"), **options(spec["gate"])).exp()
-        if spec["gate"]["name"] == "hgrn2":
+        if spec["gate"]["name"] in ("hgrn2", "lower_bounded"):
             phi_k = 1 - keep
         if spec["rotary"] == "features":
             phi_q, phi_k = rope(phi_q), rope(phi_k)
+        if spec["gate"]["name"] == "dt":
+            phi_k = phi_k * _step_size(x, of("gate"))[..., None]
         state = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
         norm = torch.zeros(groups * repeat, phi_k.shape[-1]).double()
         scale = spec["memory"].get("scale", 1.0)
         slots = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
+        scan = scan_inputs(x, of("memory"), v.shape[-1]) if spec["memory"]["name"] == "scan" else None
         beta = _beta(x, of("memory"), **options(spec["memory"])) if spec["memory"]["name"] == "delta" else None
     outputs = []
     for t in range(length):
         memory = weight = scores = seen = None
         if has_memory:
-            s = t - delay
-            if s >= 0 and (not delay or s >= sinks):
+            # Of a terrace, a block enters as a whole when the second block behind it begins.
+            arriving = [t - delay]
+            if terrace and delay:
+                arriving = range(t - 2 * size, t - size) if t % size == 0 else []
+            for s in arriving:
+                if s < 0 or (delay and s < sinks):
+                    continue
+                old = state
                 state = keep[s][..., None] * state
                 new = values[s]
                 if spec["memory"]["name"] == "slots":
@@ -423,10 +482,17 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
                     new = beta[s][:, None] * (new - torch.einsum("gkv,gk->gv", state, phi_k[s]))
                 state = state + phi_k[s][..., None] * new[:, None]
                 norm = keep[s] * norm + phi_k[s]
+                if scan is not None:
+                    state = scan_token(scan, s, old, phi_k[s], values[s])
             read, factor = phi_q[t], scale
             if spec["memory"]["name"] == "slots":
                 read, factor = (scale * torch.einsum("hk,hkm->hm", phi_q[t], slots[owners])).softmax(-1), 1
             memory = factor * torch.einsum("hk,hkv->hv", read, state[owners])
+            if "memory.skip.weight" in named:
+                memory = memory + named["memory.skip.weight"] * values[t][owners]
+            if spec["output_gate"] == "silu":
+                z = (named["output_gate.weight"] @ x[t]).view_as(memory)
+                memory = memory * z / (1 + (-z).exp())
             weight = scale * (phi_q[t] * norm[owners]).sum(-1)
             if spec["normalize"] and spec["combine"]["name"] != "shared_softmax":
                 memory = memory / weight.clamp(min=1e-6)[:, None]
@@ -434,9 +500,12 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
                 centred = memory - memory.mean(-1, keepdim=True)
                 memory = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
             elif spec["output_norm"]:
-                memory = memory * (memory.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * named["norm.weight"]
+                epsilon = 1e-5 if spec["output_norm"] == "per_head" else 1e-6
+                memory = memory * (memory.square().mean(-1, keepdim=True) + epsilon).rsqrt() * named["norm.weight"]
         if size:
             visible = [j for j in range(t + 1) if j < sinks or t - j < size]
+            if terrace:
+                visible = [j for j in range(t + 1) if j // size >= t // size - 1]
             window_k, window_v = (
                 u[visible].repeat_interleave(heads // groups, 1) for u in (window_keys, window_values)
             )
@@ -446,7 +515,7 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
             COMBINES[spec["combine"]["name"]](scores, seen, memory, weight, of("combine"), **options(spec["combine"]))
         )
     out = torch.stack(outputs)
-    if spec["output_gate"]:
+    if spec["output_gate"] is True:
         out = out * (x @ named["output_gate.weight"].T + named["output_gate.bias"]).sigmoid().view_as(out)
     return out
 
@@ -508,12 +577,13 @@ def test_random_mixer_is_its_recurrence(mixer, shape):
             ("feature_map", FEATURES),
             ("gate", GATES),
             ("combine", COMBINES),
-            ("memory", ("additive", "delta", "slots")),
+            ("memory", ("additive", "delta", "slots", "scan")),
         )
     ):
         check_naive(mixer, *shape, (9, 37))
 
 
+TERRACE = {"size": 5, "kind": "terrace"}
 # Combinations that no recipe has and random draws seldom hit.
 VARIANTS = {
     "delta, negative eigenvalues": {"memory": {"name": "delta", "negative": True}, "gate": "fixed"},
@@ -532,6 +602,28 @@ VARIANTS = {
     "convolution, rotary": {"feature_map": "softmax", "conv": 3, "rotary": True, "normalize": True, "overlap": False},
     "slots, fast decay": {"memory": {"name": "slots", "scale": 0.5}, "gate": "key_softplus", "rotary": True},
     "slots, disjoint": {"memory": "slots", "gate": {"name": "key", "bias": 1.0}, "overlap": False, "output_norm": True},
+    "t2r": {"feature_map": "t2r", "rotary": True, "normalize": True, "k_map_heads": "query"},
+    "t2r, disjoint": {
+        "feature_map": {"name": "t2r", "identity": True, "dim": 16},
+        "combine": "shared_softmax",
+        "overlap": False,
+    },
+    "terrace": {"feature_map": "hedgehog", "combine": "shared_softmax", "overlap": False, "window": TERRACE},
+    "terrace, overlapping": {"gate": "scalar", "window": TERRACE, "output_norm": True},
+    "terrace, decay": {"gate": "key", "overlap": False, "output_norm": True, "window": TERRACE},
+    "terrace, delta": {"memory": "delta", "gate": "scalar", "overlap": False, "window": TERRACE},
+    "terrace, slots": {"memory": "slots", "gate": "key", "overlap": False, "window": TERRACE},
+    "taylor": {"feature_map": {"name": "taylor", "dim": 5}, "gate": "scalar", "normalize": True},
+    "exp": {"feature_map": "exp", "gate": "key", "normalize": True},
+    "dt, per KV head": {"gate": {"name": "dt", "fastest": 0.5}, "conv": 4, "output_norm": "per_head", "overlap": False},
+    "dt, normalized": {"feature_map": "softmax", "gate": "dt", "normalize": True, "output_gate": "silu"},
+    "scan, per KV head": {"memory": {"name": "scan", "state": 8, "rank": 3}, "gate": "none", "rotary": True},
+    "scan, disjoint": {
+        "memory": "scan",
+        "overlap": False,
+        "conv": {"taps": 3, "inputs": "v", "activation": "silu", "identity": False},
+        "output_gate": "silu",
+    },
     "delta, alone": {"memory": "delta", "window": None, "combine": "memory_only", "k_map_heads": "query"},
 }
 

@@ -74,6 +74,8 @@ LIGER = recipe_mixer("liger", window=SHORT)
 LOLCATS = recipe_mixer("lolcats", window=SHORT)
 PAPER_LOLCATS = recipe_mixer("paper/lolcats", window={"size": 6, "sinks": 0})
 EVERYTHING = {**LIGER, "gate": {"name": "scalar"}, "output_norm": True, "output_gate": True, "overlap": False}
+TERRACE = {**LOLCATS, "window": {"size": 4, "sinks": 0, "kind": "terrace"}}
+MAMBAS = [recipe_mixer(name) for name in ("mamba", "paper/mamba1-llama", "paper/mamba2-llama")]
 EXACT = [(0, 1), (1, 0)]
 
 
@@ -124,14 +126,14 @@ def test_parameters_keep_the_teachers_names(random_teacher, make_student):
     assert all(".self_attn.mixer." in name for name in student - teacher)
 
 
-@pytest.mark.parametrize("mixer", [LIGER, LOLCATS, EVERYTHING, {**LIGER, "gate": {"name": "fixed"}}])
+@pytest.mark.parametrize("mixer", [LIGER, LOLCATS, EVERYTHING, {**LIGER, "gate": {"name": "fixed"}}, *MAMBAS])
 def test_fp32_parts_survive_loading_in_bfloat16(make_student, tmp_path, mixer):
     model = make_student(mixer)
     save_checkpoint(model, None, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     expected = dict(model.named_modules())
     parts = [(name, part) for name, part in loaded.named_modules() if isinstance(part, Fp32Part)]
-    assert len(parts) == 6
+    assert len(parts) == 2 * (5 if mixer in MAMBAS else 3)  # Mamba's skip and convolution, too
     for name, part in parts:
         for key, tensor in part.state_dict().items():
             assert tensor.dtype == torch.float32
@@ -182,6 +184,9 @@ def test_checkpoints_load_where_linearize_is_not_installed(make_student, tmp_pat
         "lolcats": make_student(LOLCATS, "mistral", sliding_window=8),
         "paper": make_student(PAPER_LOLCATS, "qwen2", tie_word_embeddings=True),
         "everything": make_student(EVERYTHING, "qwen3"),
+        "terrace": make_student(TERRACE),
+        "mamba1": make_student(MAMBAS[1], "qwen2"),
+        "mamba2": make_student(MAMBAS[2], "qwen3"),
         "user": make_student({**LIGER, "gate": {"name": "test_half_life", "half_life": 12.0}}),
     }
     for name, model in models.items():
@@ -396,7 +401,7 @@ def test_a_copy_is_the_same_model(student):
     assert torch.equal(logits(copy.deepcopy(student)), logits(student))
 
 
-@pytest.mark.parametrize("mixer", [LIGER, LOLCATS])
+@pytest.mark.parametrize("mixer", [LIGER, LOLCATS, TERRACE, *MAMBAS])
 def test_a_decode_step_compiles_into_one_graph(make_student, mixer):
     model = make_student(mixer)
     step = torch.compile(model, backend="eager", fullgraph=True)

@@ -1,0 +1,321 @@
+"""The probe: convert one layer, or one KV head, at a time, and see what the teacher loses.
+
+A candidate is the teacher with one unit (a KV head with its query group, or all heads of a layer) on the recipe's
+window and all else exact. It has no memory, which nothing has trained yet. All candidates of a layer see the same
+input: the teacher runs once and its hidden states are kept, a layer's exact and windowed heads are computed once each,
+and the candidates run as one batch through the layers above. So the whole costs about half of (heads + layers) forward
+passes.
+
+Legend: B samples, T tokens, H query heads, G KV heads, D hidden size, C candidates of a layer, P places with logits,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import LinearizeError
+from linearize.eval.logits import evaluation_mode
+from linearize.eval.recall import TASKS, RecallTask, Sample, batches, make_samples, sample_scores, tensors
+from linearize.head_scores import ProbeScores, UnitScore, probe_window, with_halo
+from linearize.mixers.attention import LinearizedAttention
+from linearize.mixers.context import SequenceContext
+from linearize.modeling.classes import family_of, layers_of
+from linearize.recipe import Mixer, Part, Recipe, Window
+
+TOKENS_PER_BATCH = 8192
+PROSE_PLACES = 48  # tokens of a sample at which language is measured
+QUESTION = 64  # tokens between the last fact and the answer, so that no window reaches from one to the other
+
+Progress = Callable[[int, int], None]
+
+
+def probe_lengths(recipe: Recipe) -> list[int]:
+    """Return the lengths of the samples: as the recipe says, or 2, 4 and 8 windows that fit in its rows."""
+    if recipe.probe.lengths is not None:
+        return recipe.probe.lengths
+    shortest = max(2 * probe_window(recipe)["size"], 256)
+    return [length for length in (shortest, 2 * shortest, 4 * shortest) if length <= max(recipe.data.length, shortest)]
+
+
+def sample_settings(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Return what the samples follow from, as it stands in probe.json."""
+    spec = recipe.probe
+    return {"tasks": spec.tasks, "lengths": probe_lengths(recipe), "samples": spec.samples, "seed": seed}
+
+
+def probe_samples(recipe: Recipe, tokenizer: Any, context: int | None, seed: int) -> list[tuple[Sample, bool]]:
+    """Return the recall samples, their facts out of the window's reach, each with whether its filler is prose.
+
+    Raises:
+        LinearizeError: a length is too short for the window or the task, or beyond the teacher's context.
+    """
+    window, samples = probe_window(recipe)["size"], []
+    for length in probe_lengths(recipe):
+        if context is not None and length > context:
+            raise LinearizeError(f"The probe's samples of {length} tokens are beyond the teacher's context, {context}.")
+        reach = 1 - (window + QUESTION) / length
+        if reach <= 0:
+            raise LinearizeError(
+                f"The probe's samples of {length} tokens lie inside the window of {window}, where nothing is lost; "
+                f"set probe.lengths=[{2 * window + QUESTION}] or more."
+            )
+        for name in recipe.probe.tasks:
+            task = RecallTask(name, length, recipe.probe.samples, seed, "probe", (0.0, reach))
+            samples += [(sample, not TASKS[name].noise) for sample in make_samples(task, tokenizer)]
+    return samples
+
+
+def run_probe(
+    model: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    *,
+    name: str = "teacher",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ProbeScores:
+    """Score every KV head and every layer of a teacher.
+
+    Args:
+        model: the teacher, of a known family, not converted.
+        tokenizer: its own.
+        recipe: gives the window and the `probe` section.
+        name: the teacher's, for the report.
+        seed: of the samples.
+        progress: told of (layers done, layers in all) over all batches.
+
+    Raises:
+        LinearizeError: samples cannot be made at these lengths.
+    """
+    began = time.perf_counter()
+    samples = probe_samples(recipe, tokenizer, getattr(model.config, "max_position_embeddings", None), seed)
+    window = probe_window(recipe)
+    teacher, units = score_units(model, samples, window, progress)
+    return ProbeScores(
+        model=name,
+        layers=model.config.num_hidden_layers,
+        kv_heads=family_of(model.config).heads(None, model.config)[1],
+        window=window,
+        samples=sample_settings(recipe, seed),
+        teacher=teacher,
+        units=units,
+        seconds=round(time.perf_counter() - began, 1),
+    )
+
+
+def score_units(
+    model: Any, samples: Sequence[tuple[Sample, bool]], window: dict[str, int], progress: Progress | None = None
+) -> tuple[dict[str, float], tuple[UnitScore, ...]]:
+    """Score every unit of a teacher on recall samples.
+
+    Args:
+        model: the teacher.
+        samples: each with whether its filler is prose, on which divergence and language are measured.
+        window: `size` and `sinks` of what a unit gets.
+        progress: see `run_probe`.
+
+    Returns:
+        The teacher's own log-probability, accuracy and cross-entropy, and the units' scores.
+    """
+    attention = _Branches(model, window)
+    units = [(layer, head) for layer in range(attention.layers) for head in (*range(attention.groups), None)]
+    tallies = {unit: _Tally() for unit in units}
+    teacher = _Tally()
+    pending = list(_batches(samples, attention.groups + 1))
+    with evaluation_mode(model):
+        for turn, chosen in enumerate(pending):
+            batch = _Batch(model, chosen)
+            batch.add(batch.teacher_logits, teacher)
+            for layer in range(attention.layers):
+                for heads in _chunks([*range(attention.groups), None], batch.rows):
+                    logits, errors = batch.candidates(attention, layer, heads)
+                    for head, made, error in zip(heads, logits, errors, strict=True):
+                        tallies[layer, head].errors.append(error)
+                        batch.add(made, tallies[layer, head])
+                if progress is not None:
+                    progress(turn * attention.layers + layer + 1, len(pending) * attention.layers)
+    own = {"log_prob": teacher.log_prob, "accuracy": teacher.accuracy, "language": teacher.language}
+    return own, with_halo([tallies[unit].unit(*unit, teacher) for unit in units])
+
+
+@dataclass
+class _Tally:
+    """Sums of one candidate over the samples."""
+
+    answers: list[tuple[float, float]] = field(default_factory=list)
+    prose: list[tuple[float, float, int]] = field(default_factory=list)
+    errors: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def log_prob(self) -> float:
+        return sum(log_prob for log_prob, _ in self.answers) / len(self.answers)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(accuracy for _, accuracy in self.answers) / len(self.answers)
+
+    @property
+    def language(self) -> float:
+        return self._per_token(0)
+
+    def _per_token(self, which: int) -> float:
+        tokens = sum(entry[2] for entry in self.prose)
+        return sum(entry[which] for entry in self.prose) / tokens if tokens else 0.0
+
+    def unit(self, layer: int, head: int | None, teacher: _Tally) -> UnitScore:
+        wrong, size = (sum(values) for values in zip(*self.errors, strict=True))
+        return UnitScore(
+            layer=layer,
+            head=head,
+            recall=teacher.log_prob - self.log_prob,
+            accuracy=teacher.accuracy - self.accuracy,
+            kl=self._per_token(1),
+            transfer=wrong / size,
+            language=self.language - teacher.language,
+        )
+
+
+class _Branches:
+    """Both attentions of every layer: all heads exact, and all heads on the window; the weights are the teacher's."""
+
+    def __init__(self, model: Any, window: dict[str, Any]) -> None:
+        config = model.config
+        family = family_of(config)
+        spec = Mixer(window=Window(**window), combine=Part(name="window_only")).model_dump()
+        decoder = model.get_decoder()
+        attention = [family.module(decoder, index) for index in range(config.num_hidden_layers)]
+        self.layers, self.groups = len(attention), int(family.heads(None, config)[1])
+        self.exact = [
+            LinearizedAttention(module, family, config, index, spec, self.groups)
+            for index, module in enumerate(attention)
+        ]
+        self.windowed = [
+            LinearizedAttention(module, family, config, index, spec, 0) for index, module in enumerate(attention)
+        ]
+
+
+class _Candidates:
+    """Stands in for a layer's attention: of C copies of B rows, copy c has the c-th unit's heads on the window."""
+
+    def __init__(self, exact: LinearizedAttention, windowed: LinearizedAttention, units: Sequence[int | None]) -> None:
+        self.exact, self.windowed, self.units = exact, windowed, units
+        self.errors: list[tuple[float, float]] = []
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Return the candidates' outputs [C * B, T, D]; their squared errors and the target's square in `errors`."""
+        x = hidden_states[: hidden_states.shape[0] // len(self.units)]
+        positions = None
+        if position_embeddings is not None:
+            positions = (position_embeddings[0][: x.shape[0]], position_embeddings[1][: x.shape[0]])
+        kept = self.exact.heads(x, positions, SequenceContext())
+        given = self.windowed.heads(x, positions, SequenceContext())
+        group = torch.arange(kept.shape[2], device=x.device)[:, None] // self.exact.repeat
+        mixed = [given if unit is None else torch.where(group == unit, given, kept) for unit in self.units]
+        out: Tensor = self.exact.family.output(self.exact, torch.cat([kept, *mixed]))
+        target, *made = out.float().chunk(len(self.units) + 1)
+        size = float(target.square().sum())
+        self.errors = [(float((one - target).square().sum()), size) for one in made]
+        return self.exact.family.finish(self.exact, out[x.shape[0] :], hidden_states), None
+
+
+class _Batch:
+    """Samples of one length, and what the teacher made of them."""
+
+    def __init__(self, model: Any, samples: Sequence[tuple[Sample, bool]]) -> None:
+        self.model, self.decoder = model, model.get_decoder()
+        self.samples = [sample for sample, _ in samples]
+        self.rows = len(samples)
+        device = next(model.parameters()).device
+        ids, mask = tensors(self.samples)
+        first = min(len(sample.prompt_ids) for sample in self.samples) - 1
+        prose = torch.linspace(ids.shape[1] // 8, first - 1, PROSE_PLACES).long().unique()
+        places = torch.cat([prose, torch.arange(first, ids.shape[1] - 1)])
+        self.prose = len(prose)
+        self.prosaic = torch.tensor([is_prose for _, is_prose in samples], device=device)
+        self.ids, self.places = ids.to(device), places.to(device)
+        self.mask = mask[:, places].to(device)
+        self.targets = self.ids[:, self.places + 1]
+        self.inputs: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            for layer in layers_of(model):
+                hook = layer.register_forward_pre_hook(self._keep, with_kwargs=True)
+                stack.callback(hook.remove)
+            self.teacher_logits = self._logits(1)[0]
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def _logits(self, copies: int) -> Tensor:
+        """Return the model's logits at the places, [copies, B, P, V] in fp32."""
+        ids = self.ids.repeat(copies, 1)
+        out: Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=self.places).logits
+        return out.float().view(copies, self.rows, *out.shape[1:])
+
+    def candidates(
+        self, attention: _Branches, layer: int, heads: Sequence[int | None]
+    ) -> tuple[Tensor, list[tuple[float, float]]]:
+        """Return the candidates' logits [C, B, P, V] and their errors at the layer itself."""
+        layers, family = layers_of(self.model), family_of(self.model.config)
+        stand_in = _Candidates(attention.exact[layer], attention.windowed[layer], heads)
+        states = self.inputs[layer].repeat(len(heads), 1, 1)
+        with contextlib.ExitStack() as stack:
+            for below in layers[:layer]:  # their result is known: pass it on
+                stack.enter_context(_forward_of(below, lambda *args, **kwargs: family.layer_output(states)))
+            stack.enter_context(_forward_of(family.module(self.decoder, layer), stand_in.forward))
+            return self._logits(len(heads)), stand_in.errors
+
+    def add(self, logits: Tensor, tally: _Tally) -> None:
+        """Add one candidate's logits [B, P, V]."""
+        scores = sample_scores(self.samples, logits[self.mask], self.targets[self.mask])
+        tally.answers += [(one.log_prob, one.token_accuracy) for one in scores]
+        if not self.prosaic.any():
+            return
+        log_q = logits[self.prosaic, : self.prose].log_softmax(-1)
+        log_p = self.teacher_logits[self.prosaic, : self.prose].log_softmax(-1)
+        targets = self.targets[self.prosaic, : self.prose]
+        loss = -log_q.gather(-1, targets[..., None]).double().sum()
+        kl = (log_p.exp() * (log_p - log_q)).double().sum()
+        tally.prose.append((float(loss), float(kl), targets.numel()))
+
+
+@contextlib.contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let another function be a module's forward while the context lasts; its attributes stay."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _batches(samples: Sequence[tuple[Sample, bool]], candidates: int) -> Iterator[list[tuple[Sample, bool]]]:
+    """Yield samples of one length, as many as leave all candidates of a layer room in a batch."""
+    lengths = sorted({len(sample.prompt_ids) + len(sample.answer_ids) for sample, _ in samples})
+    for length in lengths:
+        same = [pair for pair in samples if len(pair[0].prompt_ids) + len(pair[0].answer_ids) == length]
+        size = max(1, TOKENS_PER_BATCH // (candidates * length))
+        for indices in batches([sample for sample, _ in same], size):
+            yield [same[index] for index in indices]
+
+
+def _chunks(units: Sequence[int | None], rows: int) -> Iterator[Sequence[int | None]]:
+    """Yield the candidates that run at once; a batch of several rows has room for all."""
+    size = len(units) if rows > 1 else 16
+    yield from (units[start : start + size] for start in range(0, len(units), size))

@@ -1,0 +1,163 @@
+"""Tokens a second, peak memory and model-flops utilisation of the training stages, on random weights of a real shape.
+
+    python scripts/bench_training.py --model smollm2-135m --recipe liger --rows 8 --length 1024
+    python scripts/bench_training.py --model llama-3-8b --recipe liger --rows 1 --length 8192 --stages finetune
+    python scripts/bench_training.py --model smollm2-135m --profile      # where a step's time goes
+
+Rows are packed documents of random tokens. A model flop is one of the student's forward or backward matrix products
+(2 a weight and token forward, as much for the gradient of the input; weights that do not train have no more), the
+teacher's forward in transfer included; attention itself is left out. Prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from linearize.aliases import read_alias
+from linearize.data import Corpus, PackedRows
+from linearize.recipe import Recipe
+from linearize.stages import Run
+from linearize.stages.base import Progress, _accumulate, _clip
+from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.transfer import TransferRunner
+from linearize.surgery import convert
+
+RUNNERS = {"transfer": TransferRunner, "finetune": FinetuneRunner}
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16, by the vendor's datasheet
+
+
+def random_model(alias: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a model of an alias's shape with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = dict(read_alias(alias).config)
+    config = AutoConfig.for_model(config.pop("model_type"), **config)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()
+
+
+def packed_rows(rows: int, length: int, vocabulary: int) -> PackedRows:
+    """Return rows of two documents each."""
+    ids = torch.randint(0, vocabulary, (rows, length), dtype=torch.int32)
+    half = length // 2
+    places = torch.cat([torch.arange(half), torch.arange(length - half)]).int().expand(rows, -1)
+    return PackedRows(ids, places.contiguous(), ids)
+
+
+def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
+    """Run a stage's steps and return what they cost."""
+    device = next(model.parameters()).device
+    rows = packed_rows(given.rows, given.length, model.config.vocab_size)
+    assert recipe.mixer is not None
+    surgery = convert(model, recipe.mixer.model_dump())
+    run = Run(model, surgery, Corpus(rows, rows, "", "", {}), Path("unused"), 0, device, torch.bfloat16)
+    runner = RUNNERS[stage.stage](stage, run)
+    trained = runner.prepare()
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    if given.compile:
+        for layer in model.get_decoder().layers:
+            layer.compile()
+    progress = Progress(trained, stage)
+    groups = runner.clip_groups(trained)
+    micro = given.micro_batch or given.rows
+
+    def step() -> None:
+        _accumulate(runner, rows, micro)
+        _clip(groups, stage.optimizer.clip)
+        progress.advance(lambda: 0.0)
+
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(given.steps):
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    seconds = sorted(times)[len(times) // 2]
+    if given.profile:
+        _profile(step)
+    runner.finish()
+    surgery.undo()
+    tokens = given.rows * given.length
+    weights = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+    weights += model.config.vocab_size * model.config.hidden_size if stage.stage == "finetune" else 0
+    flops = tokens * weights * (4 if stage.stage == "finetune" else 2)
+    peak = PEAK.get(torch.cuda.get_device_name())
+    return {
+        "model": given.model,
+        "recipe": recipe.name,
+        "stage": stage.stage,
+        "rows": given.rows,
+        "length": given.length,
+        "micro_batch": micro,
+        "tokens_per_second": round(tokens / seconds),
+        "step_ms": round(seconds * 1e3, 1),
+        "slowest_ms": round(max(times) * 1e3, 1),
+        "first_s": round(first, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "mfu": round(flops / seconds / peak, 3) if peak else None,
+    }
+
+
+def _profile(step: Any) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    averages = trace.key_averages()
+    launches = sum(e.count for e in averages if e.key in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx"))
+    on_gpu = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.self_device_time_total for e in on_gpu) / 1e3
+    print(f"{launches} launches, GPU busy {busy:.1f} ms")
+    print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))
+
+
+def main() -> None:
+    """Measure the stages asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="alias")
+    parser.add_argument("--recipe", default="liger")
+    parser.add_argument("--stages", nargs="+", default=list(RUNNERS), choices=RUNNERS)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--micro-batch", type=int, help="rows at a time in a step; all by default")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--csv")
+    given = parser.parse_args()
+    recipe = Recipe.from_yaml(given.recipe)
+    model = random_model(given.model, torch.device("cuda"), getattr(torch, given.dtype))
+    results = [measure(s, model, recipe, given) for s in recipe.stages if s.stage in given.stages]
+    table = Table(*results[0], title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for row in results:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=180).print(table)
+    if given.csv:
+        with open(given.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(results[0]))
+            writer.writeheader()
+            writer.writerows(results)
+
+
+if __name__ == "__main__":
+    main()

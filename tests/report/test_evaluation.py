@@ -1,0 +1,152 @@
+import copy
+
+import pytest
+
+from linearize.report import compare_cells, draw_png, draw_svg, evaluation_cells, speed_cells, verdicts
+from linearize.report.evaluation_figures import recall_grid
+
+
+@pytest.fixture
+def evaluation():
+    def text(loss):
+        spans = [(1, 64), (64, 128), (128, 256)]
+        parts = [
+            {"start": a, "stop": b, "tokens": 9, "loss": loss + 0.1 * i, "kl": 0.1} for i, (a, b) in enumerate(spans)
+        ]
+        return {
+            "loss": loss,
+            "kl": loss / 10,
+            "top1": 0.5,
+            "by_position": parts,
+            "row_losses": [[10, loss], [30, loss]],
+        }
+
+    def recall(accuracy):
+        depths = [{"start": i / 5, "stop": (i + 1) / 5, "samples": 4, "accuracy": accuracy} for i in range(5)]
+        return [
+            {"task": "passkey", "length": n, "accuracy": accuracy, "low": 0.2, "high": 0.9, "by_depth": list(depths)}
+            for n in (512, 1024)
+        ]
+
+    def speed(seconds):
+        full = {"first_token": seconds, "prefill": 1e4, "decode": 50.0, "cache_bytes": 2**20, "peak_bytes": 2**30}
+        empty = dict.fromkeys(full)
+        return [
+            {"context": 1024, "batch": 1, "note": "", **full},
+            {"context": 65536, "batch": 1, "note": "out of memory", **empty},
+        ]
+
+    models = [
+        {"name": "teacher", "role": "teacher", "text": {"book": text(2.0)}, "recall": recall(1.0), "speed": speed(0.5)},
+        {
+            "name": "mine",
+            "role": "student",
+            "text": {"book": text(2.5)},
+            "recall": recall(0.6),
+            "speed": speed(0.2),
+            "zero_shot": [{"task": "hellaswag", "metric": "acc_norm", "score": 0.412, "stderr": 0.005}],
+        },
+        {"name": "memory zeroed", "role": "control", "text": {"book": text(2.6)}, "recall": recall(0.1)},
+        {"name": "softmax", "role": "control", "text": {"book": text(2.2)}, "trained": True, "recipe": "c/s"},
+    ]
+    return {
+        "name": "mine",
+        "texts": [{"name": "book"}],
+        "models": models,
+        "window": 64,
+        "trained_length": 128,
+        "cache": [{"context": 8192, "teacher_bytes": 1000, "student_bytes": 55}],
+        "differences": [
+            {"name": "memory zeroed", "text": {"book": {"nats": 0.1, "stderr": 0.01}}, "answers": {"passkey 512": 0.5}},
+            {"name": "softmax", "text": {"book": {"nats": -0.3, "stderr": 0.02}}, "answers": {}},
+        ],
+    }
+
+
+def rows(cells):
+    return {row[0]: row[1:] for row in cells.rows}
+
+
+def test_every_measure_is_a_row_and_every_model_a_column(evaluation) -> None:
+    cells = evaluation_cells(evaluation)
+    assert cells.header == ["", "teacher", "mine", "memory zeroed", "softmax"]
+    found = rows(cells)
+    assert found["book: perplexity"] == ["7.39", "12.18", "13.46", "9.03"]
+    assert found["book: × teacher"] == ["1.00", "1.65", "1.82", "1.22"]
+    assert found["book: loss behind student (nats)"] == ["–", "–", "+0.1000 ± 0.0100", "-0.3000 ± 0.0200"]
+    assert found["passkey 1024"] == ["100.0 (20–90)", "60.0 (20–90)", "10.0 (20–90)", "–"]
+    assert found["hellaswag (acc norm)"] == ["–", "41.2 ± 0.5", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("nats", "stderr", "word"),
+    [
+        (0.1, 0.01, "it helps"),
+        (-0.1, 0.01, "IT HURTS"),
+        (0.01, 0.02, "IT DOES NOTHING MEASURABLE"),
+        (0.0005, 0.0001, "IT DOES NOTHING MEASURABLE"),
+        (0.1, None, "it helps (one row: no standard error)"),
+        (None, None, "not finite"),
+    ],
+)
+def test_what_the_memory_does_is_said(evaluation, nats, stderr, word) -> None:
+    evaluation["differences"][0]["text"]["book"] = {"nats": nats, "stderr": stderr}
+    said = verdicts(evaluation)
+    assert word in said[0]
+    assert "passkey 512 -50.0" in said[1]
+    assert "behind softmax (trained by c/s) on book by -0.3000 ± 0.0200" in said[2]
+    evaluation["differences"].pop(0)
+    assert "has no memory" in verdicts(evaluation)[0]
+
+
+def test_a_length_that_does_not_fit_is_shown_as_such(evaluation) -> None:
+    found = [row[:3] for row in speed_cells(evaluation).rows]
+    assert ["1,024 × 1", "mine", "200.0 ms"] in found
+    assert ["65,536 × 1", "teacher", "out of memory"] in found
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(evaluation) -> None:
+    other = copy.deepcopy(evaluation)
+    for index, results in enumerate((evaluation, other)):
+        results["models"][1]["folder"] = f"runs/{index}/mine"
+    other["models"][1]["text"]["book"]["row_losses"] = [[10, 2.0], [30, 3.0]]
+    cells = compare_cells([evaluation, other])
+    assert cells.header == ["", "teacher", "runs/0/mine", "runs/1/mine"]
+    found = rows(cells)
+    assert found["book: loss behind runs/0/mine (nats)"][:2] == ["–", "0"]
+    assert found["book: loss behind runs/0/mine (nats)"][2].startswith("+0.2500 ± ")
+    assert found["book: what zeroing the memory costs (nats)"] == ["–", "+0.1000 ± 0.0100", "+0.1000 ± 0.0100"]
+    assert found["cache at 8,192 tokens, share of the teacher's"] == ["100.0 %", "5.5 %", "5.5 %"]
+
+
+@pytest.mark.parametrize("kind", ["perplexity", "recall", "cost"])
+def test_figures_show_every_model_that_has_something_to_show(evaluation, kind) -> None:
+    svg = draw_svg(kind, evaluation)
+    assert svg is not None
+    names = {"perplexity": ["teacher", "mine", "memory zeroed", "softmax", "trained length"]}
+    names |= {"recall": ["teacher", "mine", "memory zeroed", "passkey"], "cost": ["teacher, batch 1", "mine, batch 1"]}
+    assert all(name in svg for name in names[kind])
+    for model in evaluation["models"]:
+        for part in ("recall", "speed"):
+            model.pop(part, None)
+        for text in model["text"].values():
+            text["by_position"] = []
+    assert draw_png(kind, evaluation) is None
+
+
+def test_a_ruined_control_does_not_flatten_the_others(evaluation) -> None:
+    for part in evaluation["models"][2]["text"]["book"]["by_position"]:
+        part["loss"] = 10.0
+    svg = draw_svg("perplexity", evaluation)
+    assert "memory zeroed (off the scale)" in svg
+    assert "mine (off the scale)" not in svg
+    assert ">10000<" not in svg
+
+
+def test_the_heat_map_has_a_hole_where_nothing_was_measured(evaluation) -> None:
+    student = evaluation["models"][1]
+    student["recall"][1]["by_depth"].pop(2)
+    grid = recall_grid(student, "passkey", [512, 1024], [i / 5 for i in range(5)])
+    assert grid.shape == (5, 2)
+    assert (grid[:, 0] == 0.6).all()
+    assert str(grid[2, 1]) == "nan"

@@ -1,0 +1,322 @@
+"""The probe: finds a planted retrieval head, agrees with surgery, computes nothing twice, and chooses in a run."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import yaml
+
+from linearize import api
+from linearize import probe as probing
+from linearize.api import evaluate_folder, generate_text, linearize, load, plan
+from linearize.errors import LinearizeError
+from linearize.eval.recall import Sample, score
+from linearize.head_scores import ProbeScores, UnitScore, choose_heads, choose_layers, halo_scores, with_halo
+from linearize.mixers.exact import ExactAttention
+from linearize.mixers.mixer import TokenMixer
+from linearize.probe import probe_lengths, run_probe, score_units
+from linearize.recipe import Recipe
+from linearize.surgery import convert
+
+WINDOW = {"size": 16, "sinks": 2}
+MARKER, SECRETS = 60, range(40, 56)
+
+
+@pytest.fixture
+def planted(random_teacher):
+    """Two layers of two KV heads. KV head 1 of layer 1 looks from the marker back at a secret token and repeats it."""
+    model = random_teacher("llama", (4, 2), 16, rope_parameters={"rope_theta": 1e12, "rope_type": "default"})
+    width = model.config.hidden_size
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.05 if parameter.dim() > 1 else 1)
+        embedding, attention = model.model.embed_tokens.weight, model.model.layers[1].self_attn
+        embedding[:, :18] = 0
+        embedding[MARKER, 16] = embedding[list(SECRETS), 17] = 1
+        embedding[list(SECRETS), :16] = torch.eye(16)
+        slow = 16 + 7  # a channel of KV head 1 that the rotary embedding hardly turns
+        for query in (2, 3):
+            attention.q_proj.weight[query * 16 : query * 16 + 16] = 0
+            attention.q_proj.weight[query * 16 + 7, 16] = 10
+            attention.o_proj.weight[:16, query * 16 : query * 16 + 16] = torch.eye(16)
+        attention.k_proj.weight[16:32] = 0
+        attention.k_proj.weight[slow, 17] = 10
+        attention.v_proj.weight[16:32] = torch.eye(16, width)
+        model.lm_head.weight[:, :18] = 0
+        model.lm_head.weight[list(SECRETS), :16] = 8 * torch.eye(16)
+    return model
+
+
+def hidden(places: dict[int, int], length: int = 96) -> Sample:
+    """A text of filler tokens with secrets at some places, then the marker, then the answer: the first secret."""
+    generator = torch.Generator().manual_seed(sum(places))
+    ids = torch.randint(0, 40, (length - 2,), generator=generator).tolist()
+    for place, secret in places.items():
+        ids[place] = secret
+    return Sample((*ids, MARKER), (next(iter(places.values())),), 0.5, (True,))
+
+
+SAMPLES = [hidden({20: 41}), hidden({30: 47}), hidden({50: 52}), hidden({9: 44}, 64)]
+
+
+def test_a_planted_retrieval_head_comes_first(planted):
+    assert score(planted, SAMPLES).accuracy == 1
+    teacher, units = score_units(planted, [(sample, True) for sample in SAMPLES], WINDOW)
+    heads = [unit for unit in units if unit.head is not None]
+    assert teacher["accuracy"] == 1
+    best, *others = sorted(heads, key=lambda unit: -unit.recall)
+    assert (best.layer, best.head) == (1, 1)
+    assert best.recall > 2 and best.accuracy >= 0.5  # what else is the first choice may be right by chance
+    assert all(abs(unit.recall) < 0.1 and unit.accuracy == 0 for unit in others)
+    whole = {unit.layer: unit.recall for unit in units if unit.head is None}
+    assert whole[1] > 2 > 0.1 > abs(whole[0])
+
+
+def test_a_candidate_is_what_surgery_makes(random_teacher):
+    """With one KV head, or one layer, on the window and every other head exact."""
+    for family in ("llama", "qwen3", "olmo2", "phi3"):
+        sizes = {"num_key_value_heads": 2} if family != "olmo2" else {}
+        model = random_teacher(family, (4, 2), 16, **sizes)
+        teacher, units = score_units(model, [(sample, True) for sample in SAMPLES], WINDOW)
+        assert teacher["log_prob"] == pytest.approx(score(model, SAMPLES).log_prob, abs=1e-4)
+        mixer = Recipe.parse({"name": "w", "mixer": {"window": WINDOW, "combine": "window_only"}}, "w").mixer
+        everything = [(layer, head) for layer in range(2) for head in range(2)]
+        for unit in units:
+            kept = [pair for pair in everything if pair[0] != unit.layer or unit.head not in (None, pair[1])]
+            surgery = convert(model, mixer.model_dump(), exact_heads=kept)
+            drop = teacher["log_prob"] - score(model, SAMPLES).log_prob
+            surgery.undo()
+            assert unit.recall == pytest.approx(drop, abs=1e-4), (family, unit)
+            assert unit.kl > 0 and unit.transfer > 0
+
+
+def test_the_teacher_is_left_as_it_was(random_teacher):
+    model = random_teacher()
+    ids = torch.arange(40)[None]
+    before = model(ids).logits
+    score_units(model, [(SAMPLES[0], False)], WINDOW)
+    assert torch.equal(model(ids).logits, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_each_branch_is_computed_once_a_layer_and_no_layer_below_runs_again(random_teacher, monkeypatch):
+    model = random_teacher(num_hidden_layers=3)
+    calls = {"exact": 0, "window": 0, "mlp": 0}
+
+    def counted(cls, name):
+        forward = cls.forward
+
+        def count(self, *args, **kwargs):
+            calls[name] += args[0].shape[0]
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "forward", count)
+
+    counted(ExactAttention, "exact")
+    counted(TokenMixer, "window")
+    counted(type(model.model.layers[0].mlp), "mlp")
+    rows, candidates = 2, 3  # of a layer: two KV heads, and the whole
+    score_units(model, [(SAMPLES[0], True), (SAMPLES[1], True)], WINDOW)
+    assert calls["exact"] == calls["window"] == 3 * rows
+    assert calls["mlp"] == rows * (3 + candidates * (3 + 2 + 1))
+
+
+def test_a_converted_layer_computes_each_head_in_one_branch(random_teacher, monkeypatch):
+    model = random_teacher("llama", (6, 3), 16)
+    mixer = Recipe.parse({"name": "w", "mixer": {"window": WINDOW, "combine": "window_only"}}, "w").mixer.model_dump()
+    convert(model, mixer, exact_heads=[(0, 2), (1, 0), (1, 1)])
+    seen = []
+    exact, mixed = ExactAttention.forward, TokenMixer.forward
+
+    def watch_exact(self, q, k, *args, **kwargs):
+        seen.append(("exact", q.shape[2], k.shape[2]))
+        return exact(self, q, k, *args, **kwargs)
+
+    def watch_mixer(self, x, plain, rotated, v, *args, **kwargs):
+        seen.append(("mixer", rotated[0].shape[2], v.shape[2]))
+        return mixed(self, x, plain, rotated, v, *args, **kwargs)
+
+    monkeypatch.setattr(ExactAttention, "forward", watch_exact)
+    monkeypatch.setattr(TokenMixer, "forward", watch_mixer)
+    model(torch.arange(20)[None])
+    assert seen == [("exact", 2, 1), ("mixer", 4, 2), ("exact", 4, 2), ("mixer", 2, 1)]
+
+
+def made(recall: list[list[float]], **other: list[list[float]]) -> ProbeScores:
+    """Scores from tables of [layer][head]; a layer's own are the sums of its heads'."""
+    tables = {"recall": recall, **other}
+    units = []
+    for layer, row in enumerate(recall):
+        for head in [*range(len(row)), None]:
+            values = {key: sum(table[layer]) if head is None else table[layer][head] for key, table in tables.items()}
+            units.append(UnitScore(layer, head, **{"accuracy": 0, "kl": 0, "transfer": 0, "language": 0, **values}))
+    window = {"size": 128, "sinks": 4}
+    return ProbeScores("m", len(recall), len(recall[0]), window, {}, {}, with_halo(units))
+
+
+def test_ranking_on_synthetic_scores():
+    scores = made([[0.1, 5.0], [0.0, 0.3], [2.0, -1.0]], kl=[[0.9, 0.1], [0.2, 0.3], [0.0, 0.5]])
+    assert scores.rank_heads("recall")[:3] == [(0, 1), (2, 0), (1, 1)]
+    assert scores.rank_heads("kl")[:2] == [(0, 0), (2, 1)]
+    assert scores.rank_layers("recall") == [0, 2, 1]
+    heads = choose_heads(Recipe.parse({"name": "r", "exact_heads": {"keep": 2}}, "r"), scores, 2)
+    assert heads.exact_heads == [(0, 1), (2, 0)] and not heads.probed
+    both = Recipe.parse({"name": "r", "layers": {"keep": 0.34, "by": "recall"}, "exact_heads": {"keep": 2}}, "r")
+    layers = choose_layers(both, scores)
+    assert layers.layers == [1, 2]
+    assert choose_heads(layers, scores, 2).exact_heads == [(2, 0), (1, 1)]
+
+
+def test_halo_is_recall_over_language():
+    assert halo_scores([0.5, 0.1, 0.4], [0.9, 0.7, 0.8]) == pytest.approx([0.0, 2.0, 1.0])
+    assert halo_scores([0.5, 0.1], [0.6, 0.9]) == pytest.approx([0.0, 50.0])  # recall lost, no language: the cap
+    assert halo_scores([0.9, 0.1], [0.9, 0.899]) == [0.0, 50.0]
+
+
+def test_scores_survive_the_file(tmp_path):
+    scores = made([[0.1, 5.0], [0.0, 0.3]])
+    scores.write(tmp_path / "probe.json")
+    assert ProbeScores.read(tmp_path / "probe.json") == scores
+    with pytest.raises(LinearizeError, match="cannot be read"):
+        ProbeScores.read(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(LinearizeError, match=r"other\.json is no probe\.json"):
+        ProbeScores.read(tmp_path / "other.json")
+
+
+def test_lengths_follow_the_window_and_the_rows():
+    recipe = Recipe.from_yaml("untrained")
+    assert probe_lengths(recipe) == [256, 512, 1024]
+    assert probe_lengths(recipe.with_overrides(["mixer.window.size=256"])) == [512, 1024]
+    assert probe_lengths(recipe.with_quick()) == [256, 512]
+    assert probe_lengths(recipe.with_overrides(["probe.lengths=[300]"])) == [300]
+
+
+def test_samples_that_the_window_covers_are_refused(random_teacher, byte_tokenizer):
+    recipe = Recipe.from_yaml("untrained", ["probe.lengths=[190]"])
+    with pytest.raises(LinearizeError, match=r"inside the window of 128.*probe\.lengths=\[320\]"):
+        run_probe(random_teacher(), byte_tokenizer, recipe)
+
+
+@pytest.fixture
+def teacher(make_teacher) -> str:
+    return str(make_teacher(max_position_embeddings=1024, num_hidden_layers=3))
+
+
+SMALL = ["data.length=64", "data.held_out=2", "probe.lengths=[640]", "probe.samples=1", "mixer.window.size=24"]
+
+
+def test_untrained_with_probed_heads_from_end_to_end(teacher, tmp_path, monkeypatch):
+    events = []
+    settings = {"overrides": [*SMALL, "exact_heads.cache=null", "exact_heads.keep=2"]}
+    out = linearize(teacher, "untrained", tmp_path / "out", watch=events.append, **settings).output
+    scores = ProbeScores.read(out / "probe.json")
+    chosen = scores.rank_heads("recall")[:2]
+    lock = yaml.safe_load((out / "recipe.lock.yaml").read_text())
+    assert [tuple(pair) for pair in lock["chosen"]["exact_heads"]] == chosen
+    assert lock["settings"]["recipe"]["exact_heads"]["keep"] == 2
+    assert [event["heads"] for event in events if event["event"] == "probed"] == [chosen]
+    assert (out / "probe.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == ["teacher", "after surgery"]
+    resolved = Recipe.parse(yaml.safe_load(results["recipe_yaml"]), "lock")
+    assert resolved.exact_heads == chosen
+    model = load(out)
+    wanted: dict[str, list[int]] = {}
+    for layer, head in sorted(chosen):
+        wanted.setdefault(str(layer), []).append(head)
+    assert model.config.linearize["exact_heads"] == wanted
+    with torch.no_grad():
+        cached = model(torch.arange(40)[None], use_cache=True).past_key_values
+    assert cached.nbytes() < results["cache"][0]["student_bytes"]
+    assert list(generate_text(out, "abc", max_new_tokens=3))
+    judged = evaluate_folder(out, against=teacher)
+    assert [row["name"] for row in judged["rows"]] == ["teacher", "out"] and judged["rows"][1]["kl"] > 0
+    assert "untrained" in (out / "README.md").read_text() and "<table" in (out / "report.html").read_text()
+    monkeypatch.setattr(api, "run_probe", None)
+    assert linearize(teacher, "untrained", tmp_path / "out", **settings).finished_before
+
+
+def test_an_interrupted_run_does_not_probe_again(teacher, tmp_path, monkeypatch):
+    settings = {"overrides": [*SMALL, "exact_heads={keep: 1, by: kl}"]}
+
+    def stop(event):
+        if event["event"] == "probed":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        linearize(teacher, "untrained", tmp_path / "out", watch=stop, **settings)
+    monkeypatch.setattr(api, "run_probe", None)
+    out = linearize(teacher, "untrained", tmp_path / "out", **settings).output
+    assert len(yaml.safe_load((out / "recipe.lock.yaml").read_text())["chosen"]["exact_heads"]) == 1
+
+
+def test_the_probe_alone_serves_plans_and_runs(teacher, tmp_path, monkeypatch):
+    scores, folder = api.probe(teacher, "untrained", tmp_path / "probe", overrides=SMALL)
+    assert len(scores.heads()) == 6 and len(scores.units) == 9
+    monkeypatch.setattr(api, "run_probe", None)
+    assert api.probe(teacher, "untrained", tmp_path / "probe", overrides=SMALL)[0] == scores
+    with pytest.raises(LinearizeError, match="was made from"):
+        api.probe(teacher, "untrained", tmp_path / "probe", overrides=SMALL, seed=1)
+    given = [*SMALL, "exact_heads={keep: 2}", f"probe.file={folder / 'probe.json'}"]
+    planned = plan(teacher, "untrained", overrides=given)
+    assert sorted(planned.recipe.exact_heads) == sorted(scores.rank_heads("recall")[:2])
+    out = linearize(teacher, "untrained", tmp_path / "out", overrides=given).output
+    assert ProbeScores.read(out / "probe.json") == scores
+    for wrong, words in (
+        (["mixer.window.size=25"], "under the window"),
+        (["exact_heads={keep: 9}"], "have 6 KV heads"),
+    ):
+        with pytest.raises(LinearizeError, match=words):
+            plan(teacher, "untrained", overrides=[*given, *wrong])
+    with pytest.raises(LinearizeError, match="no effect"):
+        plan(teacher, "untrained", overrides=[*SMALL, "exact_heads=[]", f"probe.file={folder / 'probe.json'}"])
+    renamed = replace(scores, layers=4)
+    renamed.write(tmp_path / "other.json")
+    with pytest.raises(LinearizeError, match="with 4 layers"):
+        plan(teacher, "untrained", overrides=[*given[:-1], f"probe.file={tmp_path / 'other.json'}"])
+
+
+def test_a_budget_that_buys_no_head_needs_no_probe(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "run_probe", None)
+    out = linearize(teacher, "untrained", tmp_path / "out", overrides=[*SMALL, "exact_heads.cache=2%"]).output
+    assert load(out).config.linearize["exact_heads"] == {} and not (out / "probe.json").exists()
+
+
+def test_layers_by_the_probe(teacher, tmp_path):
+    overrides = [*SMALL, "exact_heads=[]", "layers={keep: 0.34, by: transfer}"]
+    out = linearize(teacher, "untrained", tmp_path / "out", overrides=overrides).output
+    best = ProbeScores.read(out / "probe.json").rank_layers("transfer")[0]
+    assert load(out).config.linearize["layers"] == [layer for layer in range(3) if layer != best]
+
+
+def test_the_command(teacher, tmp_path, capsys):
+    from linearize.cli import main
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["probe", "--model", teacher, "--output", str(tmp_path / "p"), *SMALL])
+    text = capsys.readouterr().out
+    assert "worst to lose first" in text and "probe.file=" in text
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"probe.json", "probe.png"}
+    scores = ProbeScores.read(tmp_path / "p" / "probe.json")
+    assert asdict(scores)["samples"] == {
+        "tasks": ["passkey", "multikey_niah"],
+        "lengths": [640],
+        "samples": 1,
+        "seed": 0,
+    }
+    first = scores.rank_heads("recall")[0]
+    assert f"({first[0]},{first[1]})" in text
+
+
+def test_a_model_of_one_chunk_of_candidates_or_many(random_teacher, monkeypatch):
+    model = random_teacher()
+    rows = [(SAMPLES[0], True)]
+    whole = score_units(model, rows, WINDOW)
+    monkeypatch.setattr(probing, "_chunks", lambda units, _: ([unit] for unit in units))
+    apart = score_units(model, rows, WINDOW)
+    for one, other in zip(whole[1], apart[1], strict=True):
+        assert (one.layer, one.head) == (other.layer, other.head)
+        assert (one.recall, one.kl, one.transfer) == pytest.approx((other.recall, other.kl, other.transfer), abs=1e-4)
+    assert whole[0] == pytest.approx(apart[0])

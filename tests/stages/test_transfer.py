@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from linearize.errors import LinearizeError
+from linearize.mixers.context import sequence_context
 from linearize.recipe import Lora, Mixer, Optimizer, Recipe, Transfer
 from linearize.registry import families
 from linearize.stages import base, run_stage
 from linearize.stages.transfer import TransferRunner
 
+ENCODER = Mixer(feature_map={"name": "hedgehog"}, window=None, combine={"name": "memory_only"}, normalize=True)
 FAST = Optimizer(lr=1e-2, warmup=0.0, schedule="constant")
 LOLCATS = {
     "feature_map": "hedgehog",
@@ -168,7 +170,7 @@ def test_a_block_trains_through_the_students_own_states(make_run, liger, corpus,
     inputs = rows.inputs()
     decoder = run.model.model
     positions = decoder.rotary_emb(decoder.embed_tokens(inputs["input_ids"]), inputs["position_ids"])
-    context = runner._arguments(rows)["sequence_context"]
+    context = sequence_context(2, 48, None, inputs["position_ids"], None)
     documents = (inputs["position_ids"] == 0).cumsum(1)
     mask = (documents[:, :, None] == documents[:, None]).tril()[:, None]
 
@@ -248,13 +250,15 @@ def test_layers_that_train_nothing_have_no_turn(make_run, liger, random_teacher)
         assert len(seen) == (2 if order == "together" else 4)
 
 
+@pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("family", families.names())
-def test_blocks_of_every_family_begin_with_the_teachers_states(make_run, liger, corpus, family) -> None:
-    """Blocks of one layer, run one after the other, see what they see in one pass of the whole decoder."""
+def test_blocks_of_every_family_begin_with_the_teachers_states(make_run, liger, corpus, family, block) -> None:
+    """Blocks, run one after the other, see what they see in one pass of the whole decoder."""
     rows, losses = corpus.train[:2], []
+    mixer = liger if families.get(family).causal else ENCODER
     for order in ("together", "layerwise"):
-        run = make_run(liger, family=family, num_hidden_layers=3)
-        runner = TransferRunner(Transfer(order=order, tokens=48 * 8, batch=8), run)
+        run = make_run(mixer, family=family, num_hidden_layers=3)
+        runner = TransferRunner(Transfer(order=order, block=block, tokens=48 * 8, batch=8), run)
         runner.prepare()
         seen = {}
         for turn in range(runner.rounds):

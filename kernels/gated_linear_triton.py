@@ -78,8 +78,10 @@ def _sums(m, gate, GDT: tl.constexpr):
     if GDT == "split":
         high = gate.to(tl.bfloat16)
         low = (gate - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(m.to(tl.bfloat16), low, tl.dot(m.to(tl.bfloat16), high))
-    return tl.dot(m.to(GDT), gate.to(GDT), input_precision="tf32x3")
+        sums = tl.dot(m.to(tl.bfloat16), low, tl.dot(m.to(tl.bfloat16), high))
+    else:
+        sums = tl.dot(m.to(GDT), gate.to(GDT), input_precision="tf32x3")
+    return sums
 
 
 @triton.jit
@@ -88,8 +90,10 @@ def _sums_T(gate_T, m_T, GDT: tl.constexpr):
     if GDT == "split":
         high = gate_T.to(tl.bfloat16)
         low = (gate_T - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, m_T.to(tl.bfloat16), tl.dot(high, m_T.to(tl.bfloat16)))
-    return tl.dot(gate_T.to(GDT), m_T.to(GDT), input_precision="tf32x3")
+        sums = tl.dot(low, m_T.to(tl.bfloat16), tl.dot(high, m_T.to(tl.bfloat16)))
+    else:
+        sums = tl.dot(gate_T.to(GDT), m_T.to(GDT), input_precision="tf32x3")
+    return sums
 
 
 @triton.jit

@@ -313,9 +313,10 @@ def bound(name: str, dtype: torch.dtype, tensor: str) -> float:
     return BOUNDS[dtype] * slack
 
 
-def check(full: bool, jobs: int, ops: list[str]) -> bool:
+def check(full: bool, jobs: int, ops: list[str], match: str) -> bool:
     """Run the checks in `jobs` processes (they mostly compile), print what failed and the worst error of each kind."""
-    work = [(full, index) for index, (name, _, _) in enumerate(checks(full)) if name.split()[0] in ops]
+    named = enumerate(checks(full))
+    work = [(full, index) for index, (name, _, _) in named if name.split()[0] in ops and match in name]
     random.Random(0).shuffle(work)
     failed, worst = 0, {}
     with multiprocessing.get_context("spawn").Pool(jobs, initializer=_poison) as pool:
@@ -498,6 +499,14 @@ def peer_rows(peers: list[str], name: str, shape: tuple[int, ...]) -> Iterator[R
         yield from fla_delta_rows(name, shape)
 
 
+def write_rows(rows: list[Row], path: str) -> None:
+    """Write the table as CSV."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(vars(rows[0])))
+        writer.writeheader()
+        writer.writerows(vars(row) for row in rows)
+
+
 def plot(table: str, target: str) -> None:
     """Draw forward and backward over T, from a table that `--csv` wrote, for the shapes with 32 query heads."""
     import matplotlib
@@ -593,6 +602,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--peers", nargs="*", default=["sdpa", "flex"], choices=["sdpa", "flex", "gla", "delta"])
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=OPS, help="ops to check and to time")
+    parser.add_argument("--match", default="", help="check only what has this in its name")
     parser.add_argument("--unchecked", action="store_true", help="time without the check, after a run of --check")
     parser.add_argument("--jobs", type=int, default=12, help="processes that check")
     parser.add_argument("--csv", help="write the table here")
@@ -603,7 +613,7 @@ def main() -> None:
         return
     if options.unchecked:
         print("UNCHECKED: run --check at the same commit")
-    elif not check(options.check, options.jobs, options.ops):
+    elif not check(options.check, options.jobs, options.ops, options.match):
         sys.exit("The check failed: nothing is timed.")
     if options.check:
         return
@@ -617,17 +627,15 @@ def main() -> None:
         "commit",
         commit or "unknown",
     )
-    rows = [
-        row for name in options.shapes for rows in (partial(our_rows, options.ops), partial(peer_rows, options.peers))
-        for row in rows(name, SHAPES[name])
-    ]  # fmt: skip
+    rows: list[Row] = []
+    for name in options.shapes:
+        for source in (partial(our_rows, options.ops), partial(peer_rows, options.peers)):
+            for row in source(name, SHAPES[name]):
+                rows.append(row)
+                if options.csv:  # anew with each row, so that a run that is cut off leaves what it measured
+                    write_rows(rows, options.csv)
     decode(options.ops)
     table(rows)
-    if options.csv:
-        with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(vars(rows[0])))
-            writer.writeheader()
-            writer.writerows(vars(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import yaml
 
 from linearize import api
 from linearize import probe as probing
-from linearize.api import evaluate_folder, generate_text, linearize, load, plan
+from linearize.api import generate_text, linearize, load, plan
+from linearize.evaluation import evaluate_folder
 from linearize.errors import LinearizeError
 from linearize.eval.recall import Sample, score
 from linearize.head_scores import ProbeScores, UnitScore, choose_heads, choose_layers, halo_scores, with_halo
@@ -231,8 +232,9 @@ def test_untrained_with_probed_heads_from_end_to_end(teacher, tmp_path, monkeypa
         cached = model(torch.arange(40)[None], use_cache=True).past_key_values
     assert cached.nbytes() < results["cache"][0]["student_bytes"]
     assert list(generate_text(out, "abc", max_new_tokens=3))
-    judged = evaluate_folder(out, against=teacher)
-    assert [row["name"] for row in judged["rows"]] == ["teacher", "out"] and judged["rows"][1]["kl"] > 0
+    judged = evaluate_folder(out, against=teacher, recall="none", samples=1)["models"]
+    assert [model["name"] for model in judged][:2] == ["teacher", "out"]
+    assert judged[1]["text"]["held-out"]["kl"] > 0
     assert "untrained" in (out / "README.md").read_text() and "<table" in (out / "report.html").read_text()
     monkeypatch.setattr(api, "run_probe", None)
     assert linearize(teacher, "untrained", tmp_path / "out", **settings).finished_before

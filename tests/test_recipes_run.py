@@ -1,6 +1,7 @@
 """Every recipe on every family: what fits is planned and runs, what does not is refused with the reason."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from linearize import listing
 from linearize.cli import main
 from linearize.data import Corpus, PackedRows
 from linearize.errors import LinearizeError
-from linearize.planning import converted_layers, make_plan
-from linearize.recipe import Recipe, recipe_names
+from linearize.planning import converted_layers, make_plan, needs_teacher_copy, place_heads
+from linearize.recipe import Preference, Recipe, Transfer, recipe_names
 from linearize.registry import combines, families, feature_maps, gates, memories
 from linearize.stages import Run, run_stage
 from linearize.surgery import convert
@@ -42,7 +43,7 @@ def small(recipe: Recipe) -> Recipe:
         changes.append("mixer.window.size=6")
     for index in range(len(recipe.stages)):
         changes += [f"stages.{index}.micro_batch=1", f"stages.{index}.batch=2"]
-        changes.append(f"stages.{index}.tokens={2 * 2 * LENGTH}")
+        changes.append(f"stages.{index}.tokens={2 * 2 * LENGTH * recipe.progressive}")
     return recipe.with_overrides(changes)
 
 
@@ -89,22 +90,35 @@ def test_plan_and_run_end_with_2_and_the_reason(make_teacher, tmp_path, capsys, 
 
 def run_stages(random_teacher, folder, recipe: str, family: str) -> None:
     """Convert a tiny teacher and run two steps of every stage; each must change something and stay finite."""
-    chosen = small(RECIPES[recipe])
-    model = random_teacher(family)
+    layers = 2 if RECIPES[recipe].layers == "all" else 8  # so many that Gemma has several that are not local
+    model = random_teacher(family, num_hidden_layers=layers)
+    chosen = place_heads(small(RECIPES[recipe]), model.config, torch.float32)
     ids = torch.randint(3, 61, (4, LENGTH), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     positions = torch.cat([torch.arange(12), torch.arange(LENGTH - 12)]).int().expand(4, -1)
     rows = PackedRows(ids, positions, torch.where(positions == 0, -100, ids))
+    halves = torch.arange(LENGTH // 2).repeat(2).int().expand(4, -1)
+    answers = PackedRows(ids, halves, torch.where(halves < 4, -100, ids))
+    pairs = Corpus(answers, answers[:1], "", "", {})
     masking = {} if chosen.causal else {"masking": {"token": 60, "vocabulary": 60}}
     surgery = None
     if chosen.mixer is not None:
-        layers = converted_layers(chosen, model.config)
-        surgery = convert(model, chosen.mixer.model_dump(), layers, list(chosen.exact_heads))
+        places = converted_layers(chosen, model.config)
+        surgery = convert(model, chosen.mixer.model_dump(), places, list(chosen.exact_heads))
     corpus = Corpus(rows, rows[:1], "", "", masking)
     run = Run(model, surgery, corpus, folder / "stages", 0, torch.device("cpu"), metrics=folder / "metrics.jsonl")
-    for index, stage in enumerate(chosen.stages):
+    run.load_teacher = lambda device: random_teacher(family, num_hidden_layers=layers)
+    converted = [] if surgery is None else sorted(surgery.teachers)
+    for index, (turn, stage) in enumerate(chosen.schedule()):
         assert stage.steps(LENGTH) == 2
+        if surgery is not None and chosen.progressive > 1:
+            surgery.activate(layer for earlier in range(turn + 1) for layer in chosen.joining(converted, earlier))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        run_stage(stage, run, f"{stage.stage}-{index}")
+        own = replace(run, teacher_copy=needs_teacher_copy(chosen, model.config, index))
+        if surgery is not None and isinstance(stage, Transfer):
+            own.surgery = surgery.only(chosen.joining(converted, turn))
+        if isinstance(stage, Preference):
+            own.corpus = pairs
+        run_stage(stage, own, f"{stage.stage}-{index}")
         after = model.state_dict()
         assert after.keys() == before.keys()
         assert any(not torch.equal(after[name], before[name]) for name in before)

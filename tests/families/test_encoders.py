@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from linearize.api import evaluate_folder, generate_text, linearize, load
+from linearize.api import generate_text, linearize, load
 from linearize.errors import LinearizeError
+from linearize.evaluation import evaluate_folder
 from linearize.mixers.mixer import TokenMixer
 from linearize.modeling.classes import packed_inputs
 from linearize.recipe import Recipe, recipe_names
@@ -113,9 +114,17 @@ def test_a_run_leaves_a_masked_language_model_that_loads_anywhere(make_teacher, 
     assert list(rows) == ["teacher", "after surgery", "after transfer", "after finetune"]
     assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-5) and rows["after surgery"]["kl"] > 0
     assert result.results["cache"] == []
-    again = evaluate_folder(folder, against=str(teacher))["rows"]
-    for name, row in zip(("teacher", "after finetune"), again, strict=True):
-        assert row["perplexity"] == pytest.approx(rows[name]["perplexity"], rel=1e-4)
+    again = evaluate_folder(folder, against=str(teacher))["models"]
+    assert [model["name"] for model in again] == ["teacher", "out", "memory zeroed", "no mixer"]
+    for name, model in zip(("teacher", "after finetune"), again, strict=False):
+        assert model["text"]["held-out"]["perplexity"] == pytest.approx(rows[name]["perplexity"], rel=1e-4)
+        assert not {"recall", "generation"} & model.keys()
+    with pytest.raises(LinearizeError, match="--recall passkey is for models that go on"):
+        evaluate_folder(folder, recall="passkey")
+    text = tmp_path / "text.txt"
+    text.write_text("some words that are to be masked " * 50)
+    own = evaluate_folder(folder, against="none", data=str(text), rows=2, length=32, output=tmp_path / "eval")
+    assert own["texts"][0]["rows"] == 2 and own["models"][0]["text"]["text"]["perplexity"] > 1
     with pytest.raises(LinearizeError, match="fills masks"):
         next(generate_text(folder, "One"))
     text = (folder / "README.md").read_text()

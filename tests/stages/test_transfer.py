@@ -43,12 +43,17 @@ def softmax_maps(run, rows) -> list[torch.Tensor]:
         ).attentions
 
 
-def test_maps_are_compared_by_cross_entropy(make_run, lolcats, corpus) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "phi3"])
+def test_maps_are_compared_by_cross_entropy(make_run, lolcats, corpus, family) -> None:
     """Against the teacher's eager maps, and the mixer's map read off its response to each single value."""
     rows = corpus.train[:2]
     losses, runs = [], []
+    options = {
+        "family": family,
+        **({"sliding_window": 48} if family == "gemma2" else {}),
+    }  # a mask given is all there is
     for maps in (0.0, 1.0):
-        run = make_run(lolcats)
+        run = make_run(lolcats, **options)
         runner = TransferRunner(Transfer(maps=maps), run)
         trained = runner.prepare()
         losses.append(runner._pass(rows, training=True))
@@ -63,8 +68,9 @@ def test_maps_are_compared_by_cross_entropy(make_run, lolcats, corpus) -> None:
 
         layer.student.mixer.register_forward_pre_hook(keep)
     runner._pass(rows, training=False)
-    attentions = softmax_maps(make_run(lolcats), rows)
-    for index, attention in enumerate(attentions):
+    attentions = softmax_maps(make_run(lolcats, **options), rows)
+    for index in runner.layers:
+        attention = attentions[index]
         mixer, (x, plain, rotated, v, context, _, rotate) = seen[index]
         batch, length, groups, dim = v.shape
         wanted = torch.zeros(()).double()

@@ -12,6 +12,7 @@ from torch import nn
 
 import linearize.modeling  # noqa: F401  (registers the classes that a converted model becomes)
 from linearize.errors import LinearizeError
+from linearize.mixers.attention import sharing
 from linearize.mixers.check import check_mixer
 from linearize.modeling.classes import classes_for, family_of, replace_attention
 from linearize.registry import families
@@ -66,10 +67,11 @@ class Surgery:
         for index, teacher in self.teachers.items():
             student = family.module(decoder, index)
             place = f".{family.layers}.{index}.{family.attention}"
-            for name, child in teacher.named_children():
-                shared = getattr(student, name, None) is child
-                if shared and any(f"{place}.{name}." in key for key in changed):
-                    setattr(student, name, copy.deepcopy(child))
+            for name, child in teacher.named_modules():
+                leaf = not any(True for _ in child.children())
+                if leaf and student.get_submodule(name) is child and any(f"{place}.{name}." in key for key in changed):
+                    parent, _, last = name.rpartition(".")
+                    setattr(student.get_submodule(parent), last, copy.deepcopy(child))
 
     def only(self, layers: Iterable[int]) -> Surgery:
         """Return the surgery as if it had converted these layers alone; the model is the same object."""
@@ -95,7 +97,7 @@ class Surgery:
     @staticmethod
     def _join(student: Any, teacher: nn.Module) -> Any:
         for name, child in teacher.named_children():
-            setattr(student, name, child)
+            setattr(student, name, sharing(child))
         like = next(teacher.parameters())
         if student.mixer is not None:
             student.mixer.to(device=like.device, dtype=like.dtype)

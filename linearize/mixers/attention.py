@@ -5,6 +5,7 @@ Legend: B batch, T tokens, H query heads, G KV heads, D head dim, E exact KV hea
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from linearize.mixers.mixer import TokenMixer
 from linearize.mixers.parts import HeadShape
 
 
+def sharing(module: nn.Module) -> nn.Module:
+    """Return a module that shares another's leaves, so that one's projection can be replaced and not the other's."""
+    if not any(True for _ in module.children()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = {name: None if child is None else sharing(child) for name, child in module._modules.items()}
+    return twin
+
+
 class LinearizedAttention(nn.Module):
     """A layer's KV heads, partitioned: the first E keep exact softmax, the others share one token mixer.
 
-    The teacher's projections become children under their own names, so that checkpoints and LoRA targets keep theirs.
+    The teacher's projections become children under their own names, so that checkpoints and LoRA targets keep theirs;
+    modules that hold them, as in BERT, are this module's own.
 
     Args:
         teacher: the attention module to replace.
@@ -35,7 +46,7 @@ class LinearizedAttention(nn.Module):
     ) -> None:
         super().__init__()
         for name, child in teacher.named_children():
-            self.add_module(name, child)
+            self.add_module(name, sharing(child))
         self.family = family
         self.teacher_class = type(teacher)
         self.layer_idx = layer

@@ -105,6 +105,25 @@ def test_an_encoder_learns_masked_tokens_and_nothing_but_them(make_run, corpus, 
     assert sum(losses[-4:]) < 0.9 * sum(losses[20:24])
 
 
+@pytest.mark.parametrize("stage", ["transfer", "finetune", "distill"])
+def test_adapters_of_an_encoder_leave_its_teacher_alone(make_run, corpus, stage) -> None:
+    """BERT keeps its projections one module further inside, and teacher and student do not share those modules."""
+    run = make_run(ENCODER, family="bert")
+    run.corpus = Corpus(corpus.train, corpus.held_out, "", "", {"masking": {"token": 59, "vocabulary": 59}})
+    teacher, rows = Teacher(run), corpus.train[:1].inputs()
+    before, student = teacher.states(rows)[0], run.model.state_dict()
+    student = {name: tensor.clone() for name, tensor in student.items()}
+    settings = {
+        "transfer": Transfer(tokens=48 * 2 * 3, batch=2, optimizer=FAST, train="qkvo"),
+        "finetune": Finetune(tokens=48 * 2 * 3, batch=2, optimizer=FAST),
+        "distill": Distill(tokens=48 * 2 * 3, batch=2, optimizer=FAST, hidden=0.5),
+    }[stage]
+    run_stage(settings, run, stage)
+    changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, student[name])}
+    assert any("attention.self.query" in name for name in changed)
+    assert torch.equal(teacher.states(rows)[0], before)
+
+
 def gradients(runner_class, settings, run, rows: PackedRows, micro: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     runner = runner_class(settings, run)

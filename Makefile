@@ -4,10 +4,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --retries 10 --timeout 180
 RUN := $(BIN)/linearize --model smollm2-135m --quick
-# One process: with two xdist workers a collection once differed between them. One PyTorch thread: the tensors are tiny.
-TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# Two processes of fixed folders: with two xdist workers a collection once differed between them. One PyTorch thread each:
+# the tensors are tiny.
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -p no:cacheprovider
+HALF := tests/kernels tests/mixers tests/stages
 
-.PHONY: install demo controls test soak lint clean
+.PHONY: install demo controls test test-half test-rest soak lint clean
 
 install: .venv/installed
 
@@ -32,7 +34,13 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(TEST) -q
+	+$(MAKE) -j2 --no-print-directory --output-sync=target test-half test-rest
+
+test-half:
+	$(TEST) -q $(HALF)
+
+test-rest:
+	$(TEST) -q tests $(addprefix --ignore=,$(HALF))
 
 soak: install
 	$(TEST) -m soak -q

@@ -16,6 +16,7 @@ from linearize.evaluation import evaluate_folder
 from linearize.head_scores import ProbeScores, UnitScore, choose_heads, choose_layers, halo_scores, with_halo
 from linearize.mixers.exact import ExactAttention
 from linearize.mixers.mixer import TokenMixer
+from linearize.planning import resolve_heads
 from linearize.probe import probe_lengths, run_probe, score_units
 from linearize.recipe import Recipe
 from linearize.registry import families
@@ -169,6 +170,21 @@ def test_ranking_on_synthetic_scores():
     layers = choose_layers(both, scores)
     assert layers.layers == [1, 2]
     assert choose_heads(layers, scores, 2).exact_heads == [(2, 0), (1, 1)]
+
+
+def test_a_choice_is_among_the_layers_that_the_family_converts(tiny_config):
+    """Layers 0, 2 and 4 of this Gemma are local: they stay softmax, whatever they are worth."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    config = tiny_config("gemma3_text", num_hidden_layers=6, layer_types=kinds)
+    scores = made([[9.0], [1.0], [8.0], [3.0], [7.0], [2.0]])
+    groups = families.get("gemma3_text").heads(None, config)[1]
+    scores = replace(scores, kv_heads=groups)
+    spec = {"layers": {"keep": 0.34, "by": "recall"}, "exact_heads": {"keep": 1}, "mixer": {"window": scores.window}}
+    chosen = resolve_heads(Recipe.parse({"name": "r", **spec}, "r"), scores, config, torch.float32)
+    assert chosen.layers == [1, 5] and chosen.exact_heads == [(5, 0)]
+    spec.pop("layers")
+    chosen = resolve_heads(Recipe.parse({"name": "r", **spec}, "r"), scores, config, torch.float32)
+    assert chosen.layers == "all" and chosen.exact_heads == [(3, 0)]
 
 
 def test_halo_is_recall_over_language():

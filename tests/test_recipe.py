@@ -319,6 +319,22 @@ def test_rounds_without_an_effect_are_an_error(recipe, words: str) -> None:
         Recipe.parse({"name": "r", "progressive": 2, **recipe}, "r")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"stages": [{"stage": "preference"}]}, "compares continuations"),
+        ({"stages": [{"stage": "distill", "cache": True, "top_k": 4}]}, "which `causal: false` masks anew"),
+        ({"stages": [{"stage": "transfer", "maps": 1.0}]}, "tokens that see earlier ones alone"),
+        ({"exact_heads": {"keep": 2}}, "name layers and heads"),
+        ({"layers": {"keep": 0.5, "by": "kl"}}, "name layers and heads"),
+    ],
+)
+def test_what_needs_a_decoder_is_refused_in_a_recipe_for_encoders(recipe, words: str) -> None:
+    assert Recipe.parse({"name": "r", **recipe}, "r").causal
+    with pytest.raises(LinearizeError, match=words):
+        Recipe.parse({"name": "r", "causal": False, **recipe}, "r")
+
+
 def test_rounds_replace_layers_that_are_spread_over_the_model() -> None:
     recipe = Recipe.parse({"name": "r", "progressive": 3, "stages": [{"stage": "transfer", "tokens": 300}]}, "r")
     assert [recipe.joining(list(range(8)), turn) for turn in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]

@@ -56,7 +56,7 @@ def what_the_parts_see(attention, x):
     mixer.memory.register_forward_pre_hook(lambda _, args: seen.update(v=args[1]["v"][0]))
     if mixer.conv is not None:
         mixer.conv.register_forward_hook(lambda _, args, out: seen.update(convolved=(args[0], out)))
-    attention(x, no_rotation(x.shape[1]))
+    attention(x, position_embeddings=no_rotation(x.shape[1]))
     return seen
 
 
@@ -100,7 +100,7 @@ def test_each_channel_goes_out_through_its_own_column(random_teacher, monkeypatc
     one_by_one = torch.eye(channels).view(1, channels, heads[0], DIM)
     monkeypatch.setattr(attention.mixer, "forward", lambda *args: one_by_one)
     with torch.no_grad():
-        out = attention(x, no_rotation(x.shape[1]))[0][0]
+        out = attention(x, position_embeddings=no_rotation(x.shape[1]))[0][0]
     for head in range(heads[0]):
         for channel in range(DIM):
             column = attention.o_proj.weight[:, head * DIM + channel]
@@ -175,7 +175,7 @@ def test_the_published_layers(random_teacher, recipe, layer, heads):
     attention, _ = student(random_teacher, f"paper/{recipe}-llama", "qwen2", heads)
     u = torch.randn(1, 17, attention.q_proj.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        out = attention(u, no_rotation(17))[0][0]
+        out = attention(u, position_embeddings=no_rotation(17))[0][0]
     torch.testing.assert_close(out.double(), layer(doubles(attention), u[0].double(), heads), rtol=1e-4, atol=1e-5)
 
 

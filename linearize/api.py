@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from linearize import workspace, yaml_io
-from linearize.checkpoint import write_text
+from linearize.checkpoint import sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import check_repository, push
+from linearize.interrupt import Signals
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling import auto_class
 from linearize.modeling.export import save_checkpoint
@@ -38,12 +39,11 @@ from linearize.probe import run_probe, sample_settings
 from linearize.recipe import Distill, Preference, Recipe, Transfer
 from linearize.report import draw_png, model_card, read_metrics, render_html
 from linearize.report.track import tracker
-from linearize.stages import Run, has_ended, run_stage
+from linearize.stages import Run, run_stage
 from linearize.surgery import Surgery, convert
 from linearize.teacher import TeacherInfo, TeacherSource, load_config, load_teacher, resolve
 
 PROMPT = "A Python function is defined with the keyword"
-STAGES = "stages"
 Watch = Callable[[dict[str, Any]], None]
 
 
@@ -137,7 +137,8 @@ def linearize(
 ) -> Result:
     """Convert a pretrained Transformer by a recipe and write a checkpoint that loads anywhere.
 
-    A run that was interrupted goes on where it stopped when it is called again with the same settings.
+    A run that was interrupted goes on where it stopped when it is called again with the same settings. SIGTERM and
+    Ctrl-C save it and raise `Stopped`, a KeyboardInterrupt, where the program has no handlers of its own.
 
     Args:
         model: alias, local folder, hub id or .gguf file.
@@ -159,23 +160,23 @@ def linearize(
     """
     if push_to_hub is not None:
         check_repository(push_to_hub)
-    job = prepare_job(model, recipe, **settings)
+    try:
+        job = prepare_job(model, recipe, **settings)
+    except LinearizeError as error:
+        raise workspace.waiting(error, model, output) from error
     name = f"{job.source.name}-{job.recipe.name.replace('/', '-')}"
     folder = Path(output) if output is not None else Path(name)
     finished = workspace.finished_results(folder, job.settings(), fresh)
     if finished is not None:
+        workspace.clear(folder)
         if push_to_hub is not None:
             push(folder, push_to_hub)
         return Result(folder, finished, finished_before=True)
-    made = workspace.missing_parents(folder)
-    work = workspace.open_work_folder(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk))
-    with workspace.hold(work):
-        try:
-            results = _run(job, work, _watcher(watch, track, work))
-        except LinearizeError:
-            if not (work / STAGES).exists():  # nothing was trained: leave no trace of a run that cannot be made
-                workspace.discard(work, made)
-            raise
+    with (
+        Signals() as signals,
+        workspace.hold(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk)) as work,
+    ):
+        results = _run(job, work, _watcher(watch, track, work), signals)
         workspace.publish(work, folder)
     if push_to_hub is not None:
         push(folder, push_to_hub)
@@ -200,11 +201,12 @@ def load(folder: str | Path, **options: Any) -> Any:
     return model
 
 
-def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
+def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]:
     """Carry a job out in its work folder and leave the finished checkpoint in `work/final`."""
     began = time.time()
     watch({"event": "load", "model": job.source.name})
     model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
+    workspace.same_teacher(work, info)
     job, scores = _probed(job, model, tokenizer, work, watch)
     corpus = _corpus(job, tokenizer, work)
     pairs = _pairs(job, tokenizer, work)
@@ -222,7 +224,7 @@ def _run(job: Job, work: Path, watch: Watch) -> dict[str, Any]:
     if surgery is not None and not rows.has("after surgery"):
         watch({"event": "evaluate", "name": "after surgery"})
         rows.add({**evaluate(model, corpus.held_out, reference).row("after surgery"), "tokens": 0, "seconds": 0.0})
-    _stages(job, model, surgery, corpus, pairs, reference, work, rows, watch)
+    _stages(job, model, surgery, corpus, pairs, reference, work, rows, watch, signals)
     samples["student"] = sample(model, tokenizer, PROMPT)
     results = {
         "model": job.source.name,
@@ -251,17 +253,20 @@ def _stages(
     work: Path,
     rows: Rows,
     watch: Watch,
+    signals: Signals,
 ) -> None:
     run = Run(
         model=model,
         surgery=surgery,
         corpus=corpus,
-        folder=work / STAGES,
+        folder=work / workspace.STAGES,
         seed=job.seed,
         device=job.device,
         autocast=None if job.dtype == torch.float32 else job.dtype,
         metrics=work / "metrics.jsonl",
         progress=lambda record: watch({"event": "step", **record}),
+        tell=watch,
+        signals=signals,
         load_teacher=lambda device: load_teacher(job.source, job.dtype, device, job.trust_remote_code)[0],
     )
     tokens = seconds = 0.0
@@ -270,8 +275,6 @@ def _stages(
     for index, (name, settings, turn) in enumerate(stage_names(recipe)):
         if surgery is not None and recipe.progressive > 1:
             surgery.activate(layer for earlier in range(turn + 1) for layer in recipe.joining(converted, earlier))
-        steps = settings.steps(job.recipe.data.length)
-        watch({"event": "stage", "stage": name, "steps": steps, "ended": has_ended(run, name)})
         own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=needs_teacher_copy(recipe, model.config, index))
         if surgery is not None and isinstance(settings, Transfer):
             own.surgery = surgery.only(recipe.joining(converted, turn))
@@ -354,7 +357,9 @@ def _kept(folder: Path, build: Callable[[], Corpus]) -> Corpus:
     beside = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     corpus.save(beside)
+    sync_all(beside)
     beside.rename(folder)
+    sync(folder.parent)
     return corpus
 
 

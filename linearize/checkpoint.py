@@ -1,4 +1,7 @@
-"""Checkpoints of a run: safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints of a run: safetensors and JSON in a folder that appears whole or not at all.
+
+The checkpoint before the newest stays beside it until the next one is written, for the day when the newest is damaged.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,26 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+
+
+class Checkpoint(NamedTuple):
+    """What was read.
+
+    Attributes:
+        tensors: on the CPU.
+        state: JSON values.
+        damaged: names of newer folders that were not whole and were left out.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    damaged: tuple[str, ...] = ()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,43 +49,56 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_all(folder: Path) -> None:
+    """Flush a folder with everything in it to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write a checkpoint, replacing an older one of the same name only when the new one is whole.
+    """Write a checkpoint; the one of the same name becomes the one before it when the new one is whole.
 
     Args:
-        folder: the checkpoint's own folder.
+        folder: the checkpoint's own folder. What lies there was written or read by this process, so that it is whole.
         tensors: by name; copied to the CPU one at a time. Of names that share a tensor the first alone is written.
         state: JSON values.
     """
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    new, old = _beside(folder, "new"), _beside(folder, "old")
     shutil.rmtree(new, ignore_errors=True)
+    if folder.exists():  # never three at once on the disk
+        shutil.rmtree(old, ignore_errors=True)
     new.mkdir(parents=True)
-    once = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(tensors.items())}  # tied weights
-    kept = {name: t for name, t in tensors.items() if once[t.data_ptr(), t.shape, t.stride()] == name}
-    save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, new / TENSORS)
-    sync(new / TENSORS)
-    write_text(new / STATE, json.dumps(state))
-    files = {name: _digest(new / name) for name in (TENSORS, STATE)}
-    write_text(new / MANIFEST, json.dumps(files))
-    sync(new)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        _write(new, tensors, state)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _promote(folder)
 
 
-def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Read the checkpoint, or the one before it if the newest is not whole.
+def load(folder: Path) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole.
+
+    One that was still being written is removed; one that was whole once and is not any more is kept as `.damaged`.
 
     Returns:
         Tensors on the CPU and the state, or None where there is no whole checkpoint.
     """
-    for candidate in (folder, folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")):
-        if _is_whole(candidate):
-            state: dict[str, Any] = json.loads((candidate / STATE).read_text(encoding="utf-8"))
-            return load_file(candidate / TENSORS), state
+    damaged: list[str] = []
+    for candidate in (_beside(folder, "new"), folder, _beside(folder, "old")):
+        if not candidate.is_dir():
+            continue
+        if not _is_whole(candidate):
+            damaged.append(candidate.name)
+            _put_away(candidate, folder)
+            continue
+        state: dict[str, Any] = json.loads((candidate / STATE).read_text(encoding="utf-8"))
+        tensors = load_file(candidate / TENSORS)
+        if candidate.name.endswith(".new"):
+            _promote(folder)
+        elif candidate != folder:
+            candidate.rename(folder)
+        return Checkpoint(tensors, state, tuple(damaged))
     return None
 
 
@@ -81,9 +111,43 @@ def state_of(folder: Path) -> dict[str, Any] | None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint and its leftovers."""
-    for suffix in ("", ".new", ".old"):
-        shutil.rmtree(folder.with_name(folder.name + suffix), ignore_errors=True)
+    """Delete a checkpoint, the one before it and its leftovers."""
+    for path in (*(_beside(folder, suffix) for suffix in ("new", "old", "damaged")), folder):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
+def _write(new: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    once = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(tensors.items())}  # tied weights
+    kept = {name: t for name, t in tensors.items() if once[t.data_ptr(), t.shape, t.stride()] == name}
+    save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, new / TENSORS)
+    sync(new / TENSORS)
+    write_text(new / STATE, json.dumps(state))
+    files = {name: _digest(new / name) for name in (TENSORS, STATE)}
+    write_text(new / MANIFEST, json.dumps(files))
+    sync(new)
+
+
+def _put_away(broken: Path, folder: Path) -> None:
+    damaged = _beside(folder, "damaged")
+    if broken != _beside(folder, "new"):
+        shutil.rmtree(damaged, ignore_errors=True)
+        broken.rename(damaged)
+    else:
+        shutil.rmtree(broken)
+
+
+def _promote(folder: Path) -> None:
+    """Let the whole `.new` take its place; a kill between the two renames leaves `.new` and `.old`, both whole."""
+    new, old = _beside(folder, "new"), _beside(folder, "old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    sync(folder.parent)
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -94,6 +158,6 @@ def _digest(path: Path) -> dict[str, Any]:
 def _is_whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(files) and all(_digest(folder / name) == digest for name, digest in files.items())
+        return bool(files == {name: _digest(folder / name) for name in (TENSORS, STATE)})
     except (OSError, ValueError):
         return False

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -38,7 +41,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished output f
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0, 2 for a user's mistake, 1 or 130 where it was stopped.
+    """Run the command line and exit: 0, 2 for a user's mistake, 130 for Ctrl-C and 143 for SIGTERM.
 
     Args:
         arguments: what follows the program's name; those of this process by default.
@@ -46,13 +49,31 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        app(args=_with_command([word for word in given if word != "--debug"]), prog_name="linearize")
+        words = _with_command([word for word in given if word != "--debug"])
+        app(args=words, prog_name="linearize", obj=_again(given))
     except LinearizeError as error:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, typer.Abort):
+            sys.exit(128 + signal.SIGINT)
+        raise
     sys.exit(0)
+
+
+def _again(given: list[str]) -> str:
+    """Return the command that goes on with a run that was begun with these words."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        found = shutil.which("python")
+        same = found is not None and Path(found).resolve() == Path(sys.executable).resolve()
+        start = ["python" if same else sys.executable, "-m", "linearize"]
+    else:
+        found = shutil.which("linearize")
+        start = [str(program) if found is None or Path(found) != program.absolute() else "linearize"]
+    return shlex.join([*start, *(word for word in given if word != "--fresh")])
 
 
 def _with_command(given: list[str]) -> list[str]:
@@ -89,6 +110,7 @@ def _options(
 
 @app.command()
 def run(
+    context: typer.Context,
     model: Model,
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -113,6 +135,7 @@ def run(
         return
     from linearize import api
     from linearize.display import RunDisplay, quiet_libraries, show_results
+    from linearize.interrupt import Stopped
 
     quiet_libraries()
     display = RunDisplay()
@@ -134,10 +157,12 @@ def run(
             trust_remote_code=trust_remote_code,
             watch=display,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         display.close()
-        typer.echo("Stopped. The same command goes on from the last checkpoint.", err=True)
-        raise typer.Exit(130) from None
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        kept = f" {stop.kept}." if isinstance(stop, Stopped) and stop.kept else ""
+        typer.echo(f"Stopped by {signal.Signals(number).name}.{kept} Go on with:\n{context.obj}", err=True)
+        raise typer.Exit(128 + number) from None
     finally:
         display.close()
     if result.finished_before:

@@ -63,6 +63,9 @@ class RunDisplay:
         if kind == "probe step" and self._progress is not None:
             self._progress.update(self._task, completed=event["done"], total=event["total"])
             return
+        if kind in ("resume", "damaged"):  # above the bar of the stage that it is about
+            self.console.print(escape(_checkpoint_words(event)))
+            return
         self.close()
         if kind == "load":
             self.console.print(f"Loading {escape(event['model'])}")
@@ -165,6 +168,13 @@ def show_evaluation(results: dict[str, Any], output: Path, console: Console | No
     for sentence in verdicts(results):
         console.print(escape(sentence))
     console.print(f"Report: {escape(str(output / 'eval.md'))}")
+
+
+def _checkpoint_words(event: dict[str, Any]) -> str:
+    if event["event"] == "damaged":
+        return f"{event['checkpoint']} is damaged and is not used: {event['stage']} is trained again"
+    left = f" ({', '.join(event['damaged'])}: not whole, not used)" if event["damaged"] else ""
+    return f"Going on from step {event['step']} with {event['checkpoint']}{left}"
 
 
 def _row_words(row: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from linearize import __version__, yaml_io
-from linearize.checkpoint import sync, write_text
+from linearize.checkpoint import sync, sync_all, write_text
 from linearize.data import Corpus
 from linearize.errors import LinearizeError
 from linearize.teacher import TeacherInfo
 
-SETTINGS, LOCK, RESULTS, FINAL = "settings.json", "recipe.lock.yaml", "results.json", "final"
+SETTINGS, LOCK, RESULTS, FINAL, STAGES = "settings.json", "recipe.lock.yaml", "results.json", "final", "stages"
+LOCK_FILE, TEACHER = ".lock", "teacher.json"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+OS_ERROR = re.compile(r"os error (\d+)")  # as safetensors words it
+SHOWN = 12
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton")
 
 
@@ -47,9 +54,17 @@ def finished_results(output: Path, settings: dict[str, Any], fresh: bool) -> dic
     if fresh:
         return None
     _same_settings(locked_settings(output), settings, output, "was made")
-    shutil.rmtree(work_folder(output), ignore_errors=True)
     results: dict[str, Any] = json.loads((output / RESULTS).read_text(encoding="utf-8"))
     return results
+
+
+def clear(output: Path) -> None:
+    """Remove the work folder that a run left when it was killed behind its last rename; not one that is at work."""
+    work = work_folder(output)
+    if not work.is_dir():
+        return
+    with contextlib.suppress(LinearizeError), _lock(work):
+        shutil.rmtree(work)
 
 
 def locked_settings(folder: Path) -> dict[str, Any]:
@@ -68,71 +83,131 @@ def locked_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def open_work_folder(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[], None]) -> Path:
-    """Return the work folder, made if there is none; `check` runs before anything is written.
+@contextlib.contextmanager
+def hold(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[], None]) -> Iterator[Path]:
+    """Give the work folder of a run, made if there is none, and keep other runs out of it.
+
+    Where the run ends with a `LinearizeError` before anything was trained, what was made for it here is removed.
+
+    Args:
+        output: the finished folder that is to be.
+        settings: must be those that the work folder was begun with.
+        fresh: begin anew, whatever they are.
+        check: runs before a new run writes anything.
 
     Raises:
-        LinearizeError: it belongs to a run with other settings and `fresh` is not set, or cannot be written.
+        LinearizeError: it belongs to a run with other settings, is another run's at this moment, or cannot be written.
     """
     work = work_folder(output)
-    if work.exists() and not (work / SETTINGS).is_file() and any(work.iterdir()):
+    if work.exists() and not (work / SETTINGS).is_file() and any(path.name != LOCK_FILE for path in work.iterdir()):
         raise LinearizeError(f"{work} exists and is not a run of linearize. Remove it or give another --output.")
-    if (work / SETTINGS).is_file():
-        if not fresh:
-            _same_settings(json.loads((work / SETTINGS).read_text(encoding="utf-8")), settings, work, "was begun")
-            return work
-        shutil.rmtree(work)
-    check()
+    found = (work / SETTINGS).is_file()
+    if not found:
+        check()
+    above = [parent for parent in output.absolute().parents if not parent.exists()]  # innermost first
     try:
         work.mkdir(parents=True, exist_ok=True)
-        write_text(work / SETTINGS, json.dumps(settings, indent=2))
-    except OSError as error:
-        raise LinearizeError(
-            f"{work} cannot be written: {error.strerror}. Give another folder with --output."
-        ) from error
-    return work
+        with _lock(work):
+            if found and fresh:
+                found = False
+                _empty(work)
+                check()
+            if not found:
+                write_text(work / SETTINGS, json.dumps(settings, indent=2))
+            _same_settings(json.loads((work / SETTINGS).read_text(encoding="utf-8")), settings, work, "was begun")
+            try:
+                yield work
+            except LinearizeError:
+                if not found and not (work / STAGES).exists():
+                    shutil.rmtree(work)
+                    for parent in above:
+                        parent.rmdir()
+                raise
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(error, work) from error
 
 
-def missing_parents(output: Path) -> list[Path]:
-    """Return the folders above `output` that do not exist, innermost first."""
-    return [parent for parent in output.absolute().parents if not parent.exists()]
+def _cannot_write(error: Exception, work: Path) -> Exception:
+    """Return the error for a disk that takes no more, or what it was if it is something else."""
+    code = error.errno if isinstance(error, OSError) else int((OS_ERROR.search(str(error)) or [0, 0])[1])
+    name = Path(getattr(error, "filename", None) or work)
+    if code not in UNWRITABLE or not name.absolute().is_relative_to(work.absolute().parent):
+        return error
+    words = f"{name} cannot be written: {os.strerror(code)}."
+    if not (work / SETTINGS).is_file():
+        return LinearizeError(f"{words} Give another folder with --output.")
+    return LinearizeError(
+        f"{words} What was saved before in {work} is whole: make room there, and the same command goes on from it."
+    )
 
 
-def discard(work: Path, made: list[Path]) -> None:
-    """Remove a work folder and the folders above it that were made for it."""
-    shutil.rmtree(work)
-    for parent in made:
-        parent.rmdir()
+def _empty(work: Path) -> None:
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 @contextlib.contextmanager
-def hold(work: Path) -> Iterator[None]:
-    """Keep other runs out of the work folder.
+def _lock(work: Path) -> Iterator[None]:
+    """Hold a work folder's lock, which the system drops when the process ends, however it ends.
 
     Raises:
         LinearizeError: another run has it.
     """
-    with (work / ".lock").open("w", encoding="utf-8") as file:
+    busy = LinearizeError(f"Another run is at work in {work}. Wait for it, or give another --output.")
+    with (work / LOCK_FILE).open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LinearizeError(f"Another run is at work in {work}. Wait for it, or give another --output.") from error
+        except BlockingIOError:
+            raise busy from None
+        if not (work / LOCK_FILE).exists():  # the other run has just finished, and removed the folder
+            raise busy
         yield
+
+
+def waiting(error: LinearizeError, model: str | Path, output: str | Path | None) -> LinearizeError:
+    """Return an error that came before a run could go on, with a word on that run where one waits for this model."""
+    settings = None if output is None else work_folder(Path(output)) / SETTINGS
+    if settings is None or not settings.is_file():
+        return error
+    begun = json.loads(settings.read_text(encoding="utf-8"))["model"]
+    if begun != str(model):
+        return error
+    return LinearizeError(
+        f"{error} The run in {settings.parent} was begun with this model and is kept: once the model can be read "
+        "again, the same command goes on."
+    )
 
 
 def publish(work: Path, output: Path) -> None:
     """Let the finished folder appear by one rename, and remove the work folder."""
-    old = output.with_name(output.name + ".old")
-    if output.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
     mode = (work / SETTINGS).stat().st_mode
     for path in (work / FINAL).iterdir():
         path.chmod(mode)  # safetensors lets its owner alone read what it writes
+    sync_all(work / FINAL)
+    if output.exists():
+        output.rename(work / "replaced")
     (work / FINAL).rename(output)
     sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(work)
+
+
+def same_teacher(work: Path, teacher: TeacherInfo) -> None:
+    """Note what a run's teacher is at its first start, and compare with it at later ones.
+
+    Raises:
+        LinearizeError: it is another one now.
+    """
+    now = {"revision": teacher.revision, "sha256": teacher.sha256}
+    note = work / TEACHER
+    if note.is_file():
+        _same_settings({"teacher": json.loads(note.read_text(encoding="utf-8"))}, {"teacher": now}, work, "was begun")
+        return
+    beside = note.with_suffix(".new")
+    write_text(beside, json.dumps(now))
+    beside.replace(note)
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
@@ -217,8 +292,9 @@ def _same_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, ve
         if old.get(key, "absent") != new.get(key, "absent")
     ]
     if changed:
+        listed = "; ".join(changed[:SHOWN]) + (f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
         raise LinearizeError(
-            f"{folder} {verb} with other settings: {'; '.join(changed)}. Give another folder with --output, or start "
+            f"{folder} {verb} with other settings: {listed}. Give another folder with --output, or start "
             "anew with --fresh."
         )
 

@@ -25,8 +25,9 @@ from linearize.aliases import read_alias
 from linearize.data import Corpus, PackedRows
 from linearize.recipe import Recipe
 from linearize.stages import Run
-from linearize.stages.base import Progress, _accumulate, _clip
+from linearize.stages.base import Progress, _accumulate
 from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.gradients import clip
 from linearize.stages.transfer import TransferRunner
 from linearize.surgery import convert
 
@@ -73,7 +74,7 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
 
     def step() -> None:
         _accumulate(runner, rows, micro)
-        _clip(groups, stage.optimizer.clip)
+        clip(groups, stage.optimizer.clip)
         progress.advance(lambda: 0.0)
 
     began = time.perf_counter()

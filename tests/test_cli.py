@@ -283,7 +283,7 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(api, "run_stage", stop)
     words = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"]
     assert run(*words) == 130
-    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    assert "Go on with:\n" in capsys.readouterr().err
     assert (tmp_path / "out.partial").is_dir()
 
 

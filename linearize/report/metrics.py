@@ -1,8 +1,9 @@
 """`metrics.jsonl`: one JSON object a logged step, appended as training goes.
 
 A record has `stage`, `step` (from 1, within the stage), `loss`, `tokens` (trained so far in the stage),
-`tokens_per_second`, and what the stage adds; transfer adds `layers`, the loss of each layer by its index. The name of a
-stage is its own within a run.
+`tokens_per_second`, `grad_norm` before clipping, `grad_norms` of each layer by its index (`rest`: outside of layers),
+`skipped` (steps so far that were not made, since their loss or gradient was not finite or had a spike), and what the
+stage adds; transfer adds `layers`, the loss of each layer by its index. The name of a stage is its own within a run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from linearize.checkpoint import write_text
 from linearize.errors import LinearizeError
 
 Record = dict[str, Any]
@@ -58,7 +60,7 @@ def rewind(path: Path, stage: str, step: int) -> None:
         kept.append(record)
     if path.exists():
         beside = path.with_name(path.name + ".tmp")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_text(beside, "".join(json.dumps(record) + "\n" for record in kept))
         os.replace(beside, path)
 
 
@@ -98,7 +100,7 @@ class MetricsWriter:
         tokens: int,
         tokens_per_second: float,
         layers: Mapping[int, float] | None = None,
-        **more: float,
+        **more: float | Mapping[str, float],
     ) -> None:
         """Append one record.
 

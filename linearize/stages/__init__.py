@@ -32,22 +32,23 @@ def run_stage(settings: Any, run: Run, name: str) -> dict[str, float]:
     """
     runner = RUNNERS[settings.stage](settings, run)
     ended = run.folder / f"{name}-ended"
-    found = checkpoint.load(ended)
+    found, broken = checkpoint.load(ended), ended.with_name(f"{ended.name}.damaged")
+    steps = settings.steps(run.corpus.train.length)
+    run.tell({"event": "stage", "stage": name, "steps": steps, "ended": found is not None})
     if found is not None:
         if run.surgery is not None:
-            run.surgery.separate(found[0])
-        run.model.load_state_dict(found[0], strict=False)
-        return found[1]
-    spent = train(runner, name)
-    tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
-    checkpoint.save(ended, tensors, spent)
-    checkpoint.remove(run.folder / name)
-    return spent
+            run.surgery.separate(found.tensors)
+        run.model.load_state_dict(found.tensors, strict=False)
+        return found.state
+    if broken.exists():
+        run.tell({"event": "damaged", "stage": name, "checkpoint": str(broken)})
+
+    def end(spent: dict[str, float]) -> None:
+        tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
+        checkpoint.save(ended, tensors, spent)
+        checkpoint.remove(run.folder / name)
+
+    return train(runner, name, end)
 
 
-def has_ended(run: Run, name: str) -> bool:
-    """Return whether a stage was run to its end before; what it ended with is not read."""
-    return (run.folder / f"{name}-ended").is_dir()
-
-
-__all__ = ["RUNNERS", "Run", "has_ended", "run_stage"]
+__all__ = ["RUNNERS", "Run", "run_stage"]

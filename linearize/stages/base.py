@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from linearize import checkpoint
 from linearize.data import Corpus, PackedRows, batches, rows_seen
-from linearize.errors import LinearizeError
+from linearize.interrupt import Signals, Stopped
 from linearize.recipe import Stage
 from linearize.report.metrics import MetricsWriter
+from linearize.stages.gradients import clip, layer_norms
+from linearize.stages.spikes import Spikes, diagnose
 from linearize.surgery import Surgery
 
 SAVE_SECONDS = 30.0
+SAVE_COST = 1.5  # seconds; a checkpoint that takes longer is written less often, to keep below 5 % of the time
 PLATEAU_STEPS = 100
 PLATEAU_ROWS = 32
 RATES = ("lr", "mixer_lr")
@@ -47,6 +50,8 @@ class Run:
         load_teacher: loads the teacher onto a device.
         teacher_copy: this stage's teacher must be loaded, because its weights are not the student's any more, or train.
         progress: takes the record of each step, to show it.
+        tell: takes what else happens, as events.
+        signals: says when the run is to stop.
     """
 
     model: Any
@@ -60,6 +65,8 @@ class Run:
     progress: Callable[[dict[str, Any]], None] = lambda record: None
     load_teacher: Callable[[torch.device], Any] | None = None
     teacher_copy: bool = False
+    tell: Callable[[dict[str, Any]], None] = lambda event: None
+    signals: Signals = field(default_factory=Signals)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
@@ -161,18 +168,22 @@ def learning_rate(settings: Stage, step: int, steps: int, peak: float | None = N
     return optimizer.min_lr + (highest - optimizer.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(runner: StageRunner, name: str) -> dict[str, float]:
+def train(
+    runner: StageRunner, name: str, end: Callable[[dict[str, float]], None] = lambda spent: None
+) -> dict[str, float]:
     """Run a stage to its end, from its last checkpoint if there is one.
 
     Args:
         runner: the stage.
         name: of its checkpoint and in its records.
+        end: keeps what the stage ended with, before anything can stop the run.
 
     Returns:
         Tokens and seconds of training, those before an interruption included.
 
     Raises:
-        LinearizeError: the loss or a gradient is not finite.
+        LinearizeError: the loss or a gradient was not finite, or had a spike, for too many steps in a row.
+        Stopped: a signal came; the checkpoint has all steps that were made.
     """
     run, settings = runner.run, runner.settings
     seed = run.seed * 1000 + sum(name.encode())
@@ -182,50 +193,102 @@ def train(runner: StageRunner, name: str) -> dict[str, float]:
     dtypes = {key: parameter.dtype for key, parameter in trained.items()}
     for parameter in trained.values():
         parameter.data = parameter.data.float()
-    progress = Progress(trained, settings)
-    folder = run.folder / name
-    runner.resume(progress.restore(folder))
     rows = run.corpus.train
     steps = settings.steps(rows.length)
     total = steps * runner.rounds
+    progress = Progress(trained, settings)
+    progress.spikes = Spikes(total)
+    folder = run.folder / name
+    runner.resume(progress.restore(folder, run.tell))
     groups = runner.clip_groups(trained)
     tokens = settings.batch * rows.length
     source: Iterator[PackedRows] = iter(())
-    saved = time.monotonic()
+    saves = Saves(folder, progress, runner)
     more, begun = True, -1
-    with MetricsWriter(run.metrics, resume=(name, progress.step)) as metrics:
-        while more and progress.step < total:
-            began = time.monotonic()
-            turn, step = divmod(progress.step, steps)
-            if turn != begun:
-                runner.begin(turn)
-                begun = turn
-                source = batches(rows, settings.batch, seed, start_step=step)
-            torch.manual_seed(seed + progress.step)
-            progress.schedule(step, steps)
-            losses = _accumulate(runner, runner.batch(next(source)), settings.micro_batch or settings.batch)
-            norm = _clip(groups, settings.optimizer.clip)
-            if not math.isfinite(losses["loss"]) or not math.isfinite(norm):
-                raise LinearizeError(
-                    f"Stage {name!r} broke at step {progress.step + 1}: loss {losses['loss']}, gradient norm "
-                    f"{norm}. Lower `optimizer.lr` (now {settings.optimizer.lr:g}) and start again with --fresh."
-                )
-            progress.advance(lambda: runner.held_out_loss(run.corpus.held_out[:PLATEAU_ROWS]))
-            more = runner.after_step(progress.step)
-            spent = time.monotonic() - began
-            progress.seconds += spent
-            record = {**losses, "tokens": progress.step * tokens // runner.rounds, "tokens_per_second": tokens / spent}
-            record |= {**progress.rates, "grad_norm": norm}
-            metrics.write(name, progress.step, **record)
-            run.progress({"stage": name, "step": progress.step, "steps": total, **record})
-            if more and progress.step < total and time.monotonic() - saved > SAVE_SECONDS:
-                progress.save(folder, runner.state())
-                saved = time.monotonic()
-    trained_tokens = progress.step * tokens // runner.rounds
-    runner.finish()
-    for key, parameter in trained.items():
-        parameter.data = parameter.data.to(dtypes[key])
-    return {"tokens": float(trained_tokens), "seconds": progress.seconds}
+    try:
+        with MetricsWriter(run.metrics, resume=(name, progress.step)) as metrics:
+            while more and progress.step < total:
+                began = time.monotonic()
+                turn, step = divmod(progress.step, steps)
+                if turn != begun:
+                    runner.begin(turn)
+                    begun = turn
+                    source = batches(rows, settings.batch, seed, start_step=step)
+                with run.signals.later():
+                    torch.manual_seed(seed + progress.step)
+                    progress.schedule(step, steps)
+                    batch = runner.batch(next(source))
+                    losses = _accumulate(runner, batch, settings.micro_batch or settings.batch)
+                    norms = layer_norms(trained)
+                    norm = clip(groups, settings.optimizer.clip)
+                    fit = progress.spikes.fit(losses["loss"], norm)
+                    if progress.spikes.too_many:
+                        where = diagnose(runner, batch, losses, norms)
+                        raise progress.spikes.error(name, progress.step + 1, saves.words, where)
+                    progress.advance(lambda: runner.held_out_loss(run.corpus.held_out[:PLATEAU_ROWS]), fit)
+                    more = runner.after_step(progress.step)
+                    spent = time.monotonic() - began
+                    progress.seconds += spent
+                    record = {**losses, "tokens": progress.step * tokens // runner.rounds}
+                    record |= {"tokens_per_second": tokens / spent, **progress.rates, "grad_norm": norm}
+                    record |= {"grad_norms": norms, "skipped": progress.spikes.skipped}
+                    metrics.write(name, progress.step, **record)
+                    run.progress({"stage": name, "step": progress.step, "steps": total, **record})
+                    if more and progress.step < total and saves.due:
+                        saves.save()
+        with run.signals.later():
+            trained_tokens = progress.step * tokens // runner.rounds
+            runner.finish()
+            for key, parameter in trained.items():
+                parameter.data = parameter.data.to(dtypes[key])
+            done = {"tokens": float(trained_tokens), "seconds": progress.seconds}
+            end(done)
+            saves.step = progress.step
+    except Stopped as stopped:
+        saves.save()
+        stopped.kept = f"Stage {name!r} is at step {progress.step} of {total}, and {saves.words}"
+        raise
+    return done
+
+
+class Saves:
+    """Writes a stage's checkpoints, not too often.
+
+    Args:
+        folder: of the checkpoint.
+        progress: that it holds.
+        runner: the stage.
+    """
+
+    def __init__(self, folder: Path, progress: Progress, runner: StageRunner) -> None:
+        self.folder = folder
+        self.progress = progress
+        self.runner = runner
+        self.step = progress.step
+        self.at = time.monotonic()
+        self.cost = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint: never while steps are being skipped, so that the last one is good."""
+        waited = time.monotonic() - self.at
+        return waited > SAVE_SECONDS * max(1.0, self.cost / SAVE_COST) and not self.progress.spikes.streak
+
+    @property
+    def words(self) -> str:
+        """Say which checkpoint is the last."""
+        return (
+            f"its last checkpoint is that of step {self.step}, in {self.folder}" if self.step else "has no checkpoint"
+        )
+
+    def save(self) -> None:
+        """Write one, if a step was made since the last."""
+        if self.step == self.progress.step:
+            return
+        began = time.monotonic()
+        self.progress.save(self.folder, self.runner.state())
+        self.step, self.at = self.progress.step, time.monotonic()
+        self.cost = self.at - began
 
 
 class Progress:
@@ -255,6 +318,7 @@ class Progress:
             )
         self.step = 0
         self.seconds = 0.0
+        self.spikes = Spikes()
 
     @property
     def rates(self) -> dict[str, float]:
@@ -267,9 +331,10 @@ class Progress:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.settings, step, steps, group["peak"])
 
-    def advance(self, held_out_loss: Callable[[], float]) -> None:
-        """Make the optimizer's step with the gradients at hand and drop them."""
-        self.optimizer.step()
+    def advance(self, held_out_loss: Callable[[], float], fit: bool = True) -> None:
+        """Make the optimizer's step with the gradients at hand, if they are fit for it, and drop them."""
+        if fit:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.plateau is not None and self.step % PLATEAU_STEPS == 0:
@@ -283,16 +348,23 @@ class Progress:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}@{name}"] = value
         state: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "rates": self.rates, "runner": more}
+        state["spikes"] = self.spikes.state()
         if self.plateau is not None:
             state["plateau"] = {key: getattr(self.plateau, key) for key in ("best", "num_bad_epochs", "last_epoch")}
         checkpoint.save(folder, tensors, state)
 
-    def restore(self, folder: Path) -> dict[str, Any]:
-        """Go on from the checkpoint, if there is one, and return what the stage's runner keeps."""
+    def restore(self, folder: Path, tell: Callable[[dict[str, Any]], None] = lambda event: None) -> dict[str, Any]:
+        """Go on from the checkpoint, if there is one, and return what the stage's runner keeps.
+
+        Args:
+            folder: of the checkpoint.
+            tell: takes the event that says which checkpoint is used.
+        """
         found = checkpoint.load(folder)
         if found is None:
             return {}
-        tensors, state = found
+        tensors, state, damaged = found
+        tell({"event": "resume", "checkpoint": str(folder), "step": state["step"], "damaged": damaged})
         for full, tensor in tensors.items():
             key, _, name = full.rpartition("@")
             like = self.trained[name]
@@ -305,6 +377,7 @@ class Progress:
         for group, rate in zip(self.optimizer.param_groups, state["rates"].values(), strict=True):
             group["lr"] = rate
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.spikes.resume(state["spikes"])
         kept: dict[str, Any] = state["runner"]
         return kept
 
@@ -313,6 +386,7 @@ def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, 
     """Add the gradients of a batch, `micro` rows at a time, and return its losses."""
     total: dict[str, Any] = {}
     for part, share in _micro_batches(rows, runner.weights(rows), micro):
+        runner.run.signals.check()  # gradients are lost, nothing else
         for key, value in runner.backward(part, share).items():
             if isinstance(value, dict):
                 before = total.get(key, {})
@@ -326,12 +400,3 @@ def _micro_batches(rows: PackedRows, weights: Tensor, micro: int) -> Iterator[tu
     """Parts of a batch with their shares of its weight."""
     for start in range(0, len(rows), micro):
         yield rows[start : start + micro], float(weights[start : start + micro].sum() / weights.sum())
-
-
-def _clip(groups: list[list[nn.Parameter]], limit: float | None) -> float:
-    """Clip each group to `limit` and return the largest norm before it."""
-    norms = []
-    for group in groups:
-        if any(p.grad is not None for p in group):
-            norms.append(torch.nn.utils.clip_grad_norm_(group, math.inf if limit is None else limit))
-    return float(torch.stack(norms).max()) if norms else 0.0

@@ -235,10 +235,10 @@ def test_clipping_happens(make_run) -> None:
     runner = FinetuneRunner(Finetune(), run)
     trained = runner.prepare()
     runner.backward(run.corpus.train[:2], 1.0)
-    from linearize.stages.base import _clip
+    from linearize.stages.gradients import clip
 
     limit = 1e-3
-    norm = _clip(runner.clip_groups(trained), limit)
+    norm = clip(runner.clip_groups(trained), limit)
     assert norm > limit
     left = torch.stack([p.grad.norm() for p in trained.values() if p.grad is not None]).norm()
     assert float(left) == pytest.approx(limit, rel=1e-3)

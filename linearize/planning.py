@@ -397,14 +397,15 @@ def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module
 def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
     """Return how many parameters a stage trains."""
     own = _count(p for mixer in mixers.values() for p in mixer.parameters())
-    decoder = network.get_decoder()
+    family, decoder = family_of(network.config), network.get_decoder()
+    layers = [family.module(decoder, index) for index in mixers]
     if isinstance(stage, Transfer):
-        family = family_of(network.config)
         targets = attention_targets(family, TRAINED_PROJECTIONS[stage.train])
-        layers = [family.module(decoder, index) for index in mixers]
         return own + sum(_lora_size(layer.get_submodule(name), stage.lora.r) for layer in layers for name in targets)
     if stage.train == "full":
         return _count(network.parameters())
+    if stage.train == "attention":
+        return _count(p for layer in layers for p in layer.parameters())
     if stage.train == "mixer":
         return own
     return _finetune_lora_size(stage, network) + (own if stage.train_mixer else 0)

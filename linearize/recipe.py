@@ -195,7 +195,7 @@ class Transfer(Stage):
         loss: squared error, as it is or divided by the target's mean square.
         scale: factor on the loss (LoLCATs: 1000).
         maps: factor on the cross-entropy between the teacher's and the mixer's attention maps, for rows of 1,024 tokens
-            at most (LoLCATs: 0, at 405B 1).
+            at most (Hedgehog: that alone; LoLCATs: 0, at 405B 1).
         patience: a layer stops once its held-out loss, measured every 100 steps, has not fallen so many times in a row.
         block: layers of a block; the student's hidden states pass through it, and each begins with the teacher's.
         order: all layers `together`, or `layerwise`: one block after the other with all of its tokens, from the
@@ -239,12 +239,13 @@ class EndToEnd(Stage):
     """What the stages that train the whole model have in common.
 
     Args:
-        train: LoRA adapters (merged at the end), the `mixer`s' own parameters alone, or all parameters (`full`).
+        train: LoRA adapters (merged at the end), the `mixer`s' own parameters alone, all parameters of converted
+            `attention`, its projections and its mixer (The Mamba in the Llama), or all parameters (`full`).
         train_mixer: the mixers' own parameters train beside the adapters.
         gradient_checkpointing: recompute activations in the backward pass; changes memory only.
     """
 
-    train: Literal["lora", "mixer", "full"] = "lora"
+    train: Literal["lora", "mixer", "attention", "full"] = "lora"
     train_mixer: bool = True
     lora: Lora = Lora()
     gradient_checkpointing: bool = False
@@ -456,8 +457,9 @@ class Recipe(Strict):
         probe: how a `by` in `layers` or `exact_heads` is scored.
         stages: what recovers the quality, in order.
         progressive: rounds of conversion (The Mamba in the Llama, arXiv:2408.15237): every round replaces an equal
-            share of the layers, spread over the model, and runs all stages but `preference`, each with an equal share
-            of its tokens. What is replaced in a later round is the model as trained by then.
+            share of the layers, spread over the model, and runs the stages up to the last `distill`, or where there is
+            none all but `preference`, each with an equal share of its tokens. The other stages run once, behind all
+            rounds. What is replaced in a later round is the model as trained by then.
     """
 
     name: str = Field(min_length=1)
@@ -490,8 +492,6 @@ class Recipe(Strict):
                 raise ValueError("a `preference` stage compares continuations, and `causal: false` has none; drop it")
             if isinstance(stage, Distill) and stage.cache:
                 raise ValueError("`cache: true` keeps answers about rows, which `causal: false` masks anew; drop it")
-            if isinstance(stage, Transfer) and stage.maps:
-                raise ValueError("`maps` are of tokens that see earlier ones alone; drop it with `causal: false`")
 
     def _check_stages(self) -> None:
         trained = ""
@@ -525,10 +525,20 @@ class Recipe(Strict):
         """Return every stage that runs, in order, with the round (from 0) that it runs in."""
         if self.progressive == 1:
             return [(0, stage) for stage in self.stages]
-        repeated = [stage for stage in self.stages if stage.stage != "preference"]
-        shares = [stage.model_copy(update={"tokens": max(1, stage.tokens // self.progressive)}) for stage in repeated]
+        repeats = self._repeats()
+        shares = [
+            stage.model_copy(update={"tokens": max(1, stage.tokens // self.progressive)})
+            for stage in self.stages[:repeats]
+        ]
         rounds = [(turn, share) for turn in range(self.progressive) for share in shares]
-        return rounds + [(self.progressive - 1, stage) for stage in self.stages if stage.stage == "preference"]
+        return rounds + [(self.progressive - 1, stage) for stage in self.stages[repeats:]]
+
+    def _repeats(self) -> int:
+        """How many of the stages, from the first, run in every round of `progressive`."""
+        kinds = [stage.stage for stage in self.stages]
+        if "distill" in kinds:
+            return len(kinds) - kinds[::-1].index("distill")
+        return len(kinds) - kinds.count("preference")
 
     def joining(self, layers: list[int], turn: int) -> list[int]:
         """Return which of the converted layers are replaced in a round.
@@ -555,7 +565,7 @@ class Recipe(Strict):
         moved = not all(self._keeps_teacher(s, all_converted) for s in before)
         if isinstance(stage, Preference):  # its teacher runs before the first step, and so does a cached one
             return moved
-        return moved or stage.teacher_device is not None or (stage.train == "full" and not stage.cache)
+        return moved or stage.teacher_device is not None or (stage.train in ("attention", "full") and not stage.cache)
 
     def _keeps_teacher(self, stage: EndToEnd, all_converted: bool) -> bool:
         """Whether a stage changes nothing but converted attention, of which the teacher has its own."""

@@ -73,8 +73,11 @@ def test_paper_settings() -> None:
     assert lolcats.mixer is not None
     assert lolcats.mixer.k_map_heads == "query"
     for name in ("paper/mamba1-llama", "paper/mamba2-llama"):
-        (finetune,) = Recipe.from_yaml(name).stages
+        distill, again, finetune, preference = (stage for _, stage in Recipe.from_yaml(name).schedule())
+        assert (distill.train, distill.kl, distill.cross_entropy, distill.optimizer.lr) == ("attention", 0.1, 1.0, 8e-5)
+        assert again == distill
         assert (finetune.train, finetune.optimizer.lr, finetune.optimizer.warmup) == ("full", 2e-5, 0.01)
+        assert (preference.train, preference.beta, preference.optimizer.lr) == ("full", 0.01, 5e-7)
         converted = [
             Recipe.from_yaml(name, [f"layers={layers}"]).converted_layers(32)
             for layers in ("{keep: 0.5}", "{keep: 0.25}", "{keep: 0.125}", "all")
@@ -324,7 +327,6 @@ def test_rounds_without_an_effect_are_an_error(recipe, words: str) -> None:
     [
         ({"stages": [{"stage": "preference"}]}, "compares continuations"),
         ({"stages": [{"stage": "distill", "cache": True, "top_k": 4}]}, "which `causal: false` masks anew"),
-        ({"stages": [{"stage": "transfer", "maps": 1.0}]}, "tokens that see earlier ones alone"),
         ({"exact_heads": {"keep": 2}}, "name layers and heads"),
         ({"layers": {"keep": 0.5, "by": "kl"}}, "name layers and heads"),
     ],
@@ -341,3 +343,20 @@ def test_rounds_replace_layers_that_are_spread_over_the_model() -> None:
     assert [(turn, stage.tokens) for turn, stage in recipe.schedule()] == [(0, 100), (1, 100), (2, 100)]
     with pytest.raises(LinearizeError, match="only 2 layers"):
         recipe.joining([0, 1], 0)
+
+
+@pytest.mark.parametrize(
+    ("stages", "schedule"),
+    [
+        ("tfp", "0t 0f 1t 1f 1p"),
+        ("tdfp", "0t 0d 1t 1d 1f 1p"),
+        ("df", "0d 1d 1f"),
+        ("dfd", "0d 0f 0d 1d 1f 1d"),
+    ],
+)
+def test_a_round_runs_up_to_the_last_distillation(stages: str, schedule: str) -> None:
+    kinds = {"t": "transfer", "f": "finetune", "d": "distill", "p": "preference"}
+    given = [{"stage": kinds[letter], "tokens": 100} for letter in stages]
+    recipe = Recipe.parse({"name": "r", "progressive": 2, "stages": given}, "r")
+    assert " ".join(f"{turn}{stage.stage[0]}" for turn, stage in recipe.schedule()) == schedule
+    assert sum(stage.tokens for _, stage in recipe.schedule()) == 100 * len(stages)

@@ -43,7 +43,8 @@ def small(recipe: Recipe) -> Recipe:
         changes.append("mixer.window.size=6")
     for index in range(len(recipe.stages)):
         changes += [f"stages.{index}.micro_batch=1", f"stages.{index}.batch=2"]
-        changes.append(f"stages.{index}.tokens={2 * 2 * LENGTH * recipe.progressive}")
+        rounds = [stage.stage for _, stage in recipe.schedule()].count(recipe.stages[index].stage)
+        changes.append(f"stages.{index}.tokens={2 * 2 * LENGTH * rounds}")
     return recipe.with_overrides(changes)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from linearize.data import PackedRows
 from linearize.data.masking import mask_rows
 from linearize.errors import LinearizeError
-from linearize.modeling.classes import packed_inputs
+from linearize.modeling.classes import family_of, packed_inputs
 from linearize.modeling.heads import logits_of
 from linearize.stages.adapters import add_lora, lora_parameters, lora_targets, merge_lora
 from linearize.stages.base import StageRunner
@@ -56,6 +56,8 @@ class FinetuneRunner(StageRunner):
         if self.settings.train == "full":
             model.requires_grad_(True)
             trained = dict(model.named_parameters())
+        elif self.settings.train == "attention":
+            trained = {name: p for name, p in model.named_parameters() if self._in_attention(name)}
         elif self.settings.train == "lora":
             add_lora(model, self.settings.lora, self._targets())
             model.requires_grad_(False)
@@ -72,6 +74,15 @@ class FinetuneRunner(StageRunner):
 
     def _targets(self) -> list[str]:
         return lora_targets(self.run.model, self.settings.lora.targets)
+
+    def _in_attention(self, name: str) -> bool:
+        """Whether an entry of the model's state dict is in attention that is converted by now, and not all exact."""
+        family = family_of(self.run.model.config)
+        decoder = self.run.model.get_decoder()
+        converted = [
+            i for i in self.run.model.config.linearize["layers"] if family.module(decoder, i).mixer is not None
+        ]
+        return any(f".{family.layers}.{index}.{family.attention}." in f".{name}" for index in converted)
 
     def batch(self, rows: PackedRows) -> PackedRows:
         """Mask an encoder's rows, anew at every step."""
@@ -161,9 +172,11 @@ class FinetuneRunner(StageRunner):
         model.requires_grad_(False)
 
     def changes(self, name: str) -> bool:
-        """Everything, or the adapted projections and, if they train, the mixers."""
+        """Everything, converted attention, or the adapted projections and, if they train, the mixers."""
         if self.settings.train == "full":
             return True
+        if self.settings.train == "attention":
+            return self._in_attention(name)
         targets = self._targets() if self.settings.train == "lora" else []
         adapted = any(f".{target}." in name for target in targets)
         return adapted or (self.settings.train_mixer and ".mixer." in name)

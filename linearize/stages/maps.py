@@ -1,4 +1,5 @@
-"""Attention maps of teacher and mixer, and the cross-entropy between them (LoLCATs, arXiv:2410.10254, table 10).
+"""Attention maps of teacher and mixer, and the cross-entropy between them (Hedgehog, arXiv:2402.04347, eq. 7; LoLCATs,
+arXiv:2410.10254, table 10).
 
 A mixer whose output is linear in the values has its map read off values that are one at one token and zero at all
 others, D tokens at a time, so that no op needs a form that returns its weights.
@@ -18,6 +19,7 @@ from linearize.kernels.window import window_attention
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.combine import Average, MemoryOnly, SharedSoftmax
 from linearize.mixers.context import SequenceContext
+from linearize.mixers.exact import ExactAttention
 from linearize.mixers.memories import AdditiveMemory
 
 LEAST_WEIGHT = 1e-12
@@ -31,8 +33,6 @@ def why_no_map(mixer: Any) -> str | None:
     Args:
         mixer: a `TokenMixer`.
     """
-    if not mixer.causal:
-        return "its tokens see later ones"
     if not isinstance(mixer.combine, SharedSoftmax | Average | MemoryOnly):
         return "its `combine` is not `shared_softmax`, `average` or `memory_only`"
     if not isinstance(mixer.memory, AdditiveMemory) or not mixer.memory.normalize:
@@ -91,11 +91,14 @@ def map_cross_entropy(
         for place in range(begin, min(begin + dim, length)):
             values[:, place, :, place - begin] = 1
         with torch.no_grad():
-            window = family.max_window(teacher, teacher.config) or length
-            wanted = window_attention(
-                q_teacher, k_teacher, values, window=window, scale=student.mixer.scaling, starts=context.starts,
-                softcap=student.mixer.softcap,
-            ).o  # fmt: skip
+            if student.mixer.causal:
+                window = family.max_window(teacher, teacher.config) or length
+                wanted = window_attention(
+                    q_teacher, k_teacher, values, window=window, scale=student.mixer.scaling, starts=context.starts,
+                    softcap=student.mixer.softcap,
+                ).o  # fmt: skip
+            else:
+                wanted = ExactAttention(student.mixer.scaling, causal=False)(q_teacher, k_teacher, values, context)
         made = student.mixer(
             x,
             (q, k),

@@ -251,6 +251,7 @@ def test_everything_trains_beside_a_copy_of_the_teacher(make_run, liger, corpus)
         ([Distill()], [False]),
         ([Distill(train="full")], [True]),
         ([Distill(train="full", top_k=4, cache=True)], [False]),
+        ([Distill(train="attention"), Distill()], [True, True]),
         ([Distill(teacher_device="cpu")], [True]),
         ([Finetune(), Distill()], [False, False]),
         ([Finetune(train="full"), Distill()], [False, True]),

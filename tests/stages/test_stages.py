@@ -230,6 +230,17 @@ def test_full_fine_tuning_trains_everything(make_run) -> None:
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_attention_alone_trains_in_the_layers_that_are_converted_by_then(make_run) -> None:
+    run = make_run(LIGER)
+    run.surgery.activate([1])
+    before = {name: t.clone() for name, t in run.model.state_dict().items()}
+    run_stage(Finetune(train="attention", tokens=48 * 4, batch=2, optimizer=FAST), run, "finetune")
+    after = run.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".layers.1.self_attn." in name}
+    assert {name.split(".")[4] for name in changed} >= {"q_proj", "k_proj", "v_proj", "o_proj", "mixer"}
+
+
 def test_clipping_happens(make_run) -> None:
     run = make_run(LIGER)
     runner = FinetuneRunner(Finetune(), run)

@@ -31,11 +31,12 @@ def lolcats() -> Mixer:
 
 def softmax_maps(run, rows) -> list[torch.Tensor]:
     """The teacher's attention maps [B, H, T, T] by layer, with documents apart."""
-    model = run.surgery.undo()
+    model, causal = run.surgery.undo(), families.get(run.model.config.model_type).causal
     model.set_attn_implementation("eager")
     inputs = rows.inputs()
     documents = (inputs["position_ids"] == 0).cumsum(1)
-    visible = (documents[:, :, None] == documents[:, None]).tril()[:, None]
+    visible = (documents[:, :, None] == documents[:, None])[:, None]
+    visible = visible.tril() if causal else visible
     mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
     with torch.no_grad():
         return model(
@@ -43,17 +44,18 @@ def softmax_maps(run, rows) -> list[torch.Tensor]:
         ).attentions
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "phi3", "bert"])
 def test_maps_are_compared_by_cross_entropy(make_run, lolcats, corpus, family) -> None:
     """Against the teacher's eager maps, and the mixer's map read off its response to each single value."""
     rows = corpus.train[:2]
     losses, runs = [], []
+    mixer = lolcats if families.get(family).causal else ENCODER
     options = {
         "family": family,
         **({"sliding_window": 48} if family == "gemma2" else {}),
     }  # a mask given is all there is
     for maps in (0.0, 1.0):
-        run = make_run(lolcats, **options)
+        run = make_run(mixer, **options)
         runner = TransferRunner(Transfer(maps=maps), run)
         trained = runner.prepare()
         losses.append(runner._pass(rows, training=True))
@@ -68,7 +70,7 @@ def test_maps_are_compared_by_cross_entropy(make_run, lolcats, corpus, family) -
 
         layer.student.mixer.register_forward_pre_hook(keep)
     runner._pass(rows, training=False)
-    attentions = softmax_maps(make_run(lolcats, **options), rows)
+    attentions = softmax_maps(make_run(mixer, **options), rows)
     for index in runner.layers:
         attention = attentions[index]
         mixer, (x, plain, rotated, v, context, _, rotate) = seen[index]

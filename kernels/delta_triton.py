@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import DeltaTiles, delta_tiles
-from linearize.kernels.gated_linear_triton import (
-    Call,
+from linearize.kernels.gated_linear_triton import Call, gate_grad, prepared
+from linearize.kernels.gates_triton import (
     _cast,
     _level_matrix,
     _level_pairs,
@@ -36,9 +36,8 @@ from linearize.kernels.gated_linear_triton import (
     _segments,
     _sums,
     _sums_T,
-    gate_grad,
 )
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run, unit_stride
+from linearize.kernels.launch import Launch, contiguous, differentiable, play
 
 ROWS = 16  # of q or k that a program scales to unit length
 
@@ -326,22 +325,8 @@ def supported(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
     return delta_tiles(dtype, key_dim, value_dim, 1, 1, 1) is not None
 
 
-def gated_delta_triton(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float, starts: Tensor | None,
-    initial_state: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run `gated_delta_rule` (see there for shapes) through the registered op `linearize::gated_delta`.
-
-    With `eps` above 0, rows of q and k are scaled to unit length first, by `(x x + eps)^-1/2`.
-    """
-    if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.float().expand(*k.shape[:3])
-    op = torch.ops.linearize.gated_delta if torch.compiler.is_compiling() else _Eager.apply
-    return op(q, k, v, beta, log_decay, starts, initial_state, scale, eps)
-
-
 class DeltaCall(Call):
-    """What the launches of one call share; to `Call`'s launches, w stands for the values."""
+    """What the launches of one call share (inputs as `_prepared`); to `Call`'s launches, w stands for the values."""
 
     table = staticmethod(delta_tiles)
     tiles: DeltaTiles
@@ -352,14 +337,12 @@ class DeltaCall(Call):
     ) -> None:  # fmt: skip
         raw, first = (q, k), ()
         if eps > 0:
-            raw = tuple(unit_stride(x) for x in raw)
             first, (q, k) = zip(*(_unit_launch(x, None, eps) for x in raw), strict=True)
         super().__init__(q, k, v, log_decay, starts, initial_state, None, scale, False)
         self.raw, self.first, self.eps = raw, first, eps
         self.beta = beta
         self.given = self.v
         self.given_strides = self.strides[2]
-        self.key = ("gated_delta", self.key, layout(beta, *raw), eps)
         self.vector = self.constants["GATE"] == 2
         self.constants |= {"DELTA": True, "VECTOR": self.vector}
         self.v = self.rows(self.V)
@@ -440,46 +423,45 @@ class DeltaCall(Call):
         return launches + more, (dq, dk, dv, d_beta, dg, ds_0)
 
 
+def _prepared(q, k, v, beta, log_decay, starts, initial_state):
+    """The inputs as the kernels read them."""
+    q, k, v, log_decay, starts, initial_state, _ = prepared(q, k, v, log_decay, starts, initial_state, None, False)
+    return q, k, v, beta, log_decay, starts, initial_state
+
+
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, starts: Tensor | None,
     initial_state: Tensor | None, scale: float, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = DeltaCall(q, k, v, beta, log_decay, starts, initial_state, scale, eps)
-    launches, outputs = call.forward()
-    if is_new(q, call.key):
-        later = call.backward(outputs[0], None)[0] if q.requires_grad else []
-        compile_all(launches + later)
-    run(launches, call.key)
-    return outputs
+    given = _prepared(q, k, v, beta, log_decay, starts, initial_state)
+
+    def later(outputs):
+        return DeltaCall(*given, scale, eps).backward(outputs[0], None)[0] if q.requires_grad else []
+
+    return tuple(play(("gated_delta", scale, eps), given, lambda: DeltaCall(*given, scale, eps).forward(), later))
 
 
 def _run_backward(
     do: Tensor | None, d_state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None,
     starts: Tensor | None, initial_state: Tensor | None, scale: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = DeltaCall(q, k, v, beta, log_decay, starts, initial_state, scale, eps)
-    do = v.new_zeros((*q.shape[:3], v.shape[-1])) if do is None else do.contiguous()
-    d_state = None if d_state is None else d_state.contiguous()
-    launches, (dq, dk, dv, d_beta, dg, ds_0) = call.backward(do, d_state)
-    key = (*call.key, layout(do, d_state))
-    if is_new(q, key):
-        compile_all(launches)
-    run(launches, key)
+    given = _prepared(q, k, v, beta, log_decay, starts, initial_state)
+    if do is None:
+        do = v.new_zeros((*q.shape[:3], v.shape[-1]))
+    grads = contiguous(do, d_state)
+    name = ("gated_delta_grad", scale, eps)
+    dq, dk, dv, d_beta, dg, ds_0 = play(
+        name, (*given, *grads), lambda: DeltaCall(*given, scale, eps).backward(*grads)
+    )  # fmt: skip
     return dq, dk, dv, d_beta.sum(0).to(beta.dtype), gate_grad(dg, log_decay), ds_0
 
 
-_forward = torch.library.custom_op("linearize::gated_delta", _run_forward, mutates_args=())
-_backward = torch.library.custom_op("linearize::gated_delta_grad", _run_backward, mutates_args=())
-
-
-@_forward.register_fake
-def _(q, k, v, beta, log_decay, starts, initial_state, scale, eps):
+def _fake(q, k, v, beta, log_decay, starts, initial_state, scale, eps):
     state = q.new_empty((q.shape[0], k.shape[2], q.shape[-1], v.shape[-1]), dtype=torch.float32)
     return v.new_empty((*q.shape[:3], v.shape[-1])), state
 
 
-@_backward.register_fake
-def _(do, d_state, q, k, v, beta, log_decay, starts, initial_state, scale, eps):
+def _fake_grad(do, d_state, q, k, v, beta, log_decay, starts, initial_state, scale, eps):
     dg = q.new_empty((0,)) if log_decay is None else log_decay.new_empty(log_decay.shape)
     size = (0,) if initial_state is None else (q.shape[0], k.shape[2], q.shape[-1], v.shape[-1])
     ds_0 = q.new_empty(size, dtype=torch.float32)
@@ -491,30 +473,24 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, op, *grads):
+def _gradients(ctx, backward, *grads):
     *_, log_decay, _, initial_state = ctx.saved_tensors
-    dq, dk, dv, d_beta, dg, ds_0 = op(*grads, *ctx.saved_tensors, ctx.scale, ctx.eps)
+    dq, dk, dv, d_beta, dg, ds_0 = backward(*grads, *ctx.saved_tensors, ctx.scale, ctx.eps)
     dg, ds_0 = None if log_decay is None else dg, None if initial_state is None else ds_0
     return dq, dk, dv, d_beta, dg, None, ds_0, None, None
 
 
-def _differentiate(ctx, *grads):
-    return _gradients(ctx, torch.ops.linearize.gated_delta_grad, *grads)
+_op = differentiable("gated_delta", _run_forward, _run_backward, (_fake, _fake_grad), _save, _gradients)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+def gated_delta_triton(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, scale: float, starts: Tensor | None,
+    initial_state: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run `gated_delta_rule` (see there for shapes) through the registered op `linearize::gated_delta`.
 
-
-class _Eager(torch.autograd.Function):
-    """The same op without the dispatcher, whose cost a launch would show outside `torch.compile`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _save(ctx, inputs, None)
-        ctx.set_materialize_grads(False)
-        return _run_forward(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return _gradients(ctx, _run_backward, *grads)
+    With `eps` above 0, rows of q and k are scaled to unit length first, by `(x x + eps)^-1/2`.
+    """
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.float().expand(*k.shape[:3])
+    return _op(q, k, v, beta, log_decay, starts, initial_state, scale, eps)

@@ -9,45 +9,24 @@ hold the accumulators of both, and the memory's already fill the registers (docs
 import torch
 from torch import Tensor
 
-from linearize.kernels.gated_linear_triton import Call, gate_grad, supported
-from linearize.kernels.launch import compile_all, is_new, layout, run, unit_stride
+from linearize.kernels.gated_linear_triton import Call, gate_grad, output_grads, prepared, supported
+from linearize.kernels.launch import contiguous, differentiable, play, unit_stride
 from linearize.kernels.window_triton import forward_launches, grad_launches
 
 __all__ = ["hybrid_triton", "supported"]
 
 
-def hybrid_triton(
-    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None,
-    log_decay: Tensor | None, starts: Tensor | None, memory_starts: Tensor | None, initial_state: Tensor | None,
-    initial_norm: Tensor | None, window: int, sinks: int, scale: float, memory_scale: float, with_normalizer: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
-    """Run `hybrid_attention` (see there for shapes) through the registered op `linearize::hybrid`.
-
-    Returns:
-        The window's outputs, log-sum-exp and largest score; the memory's outputs, normalizer, state and norm.
-    """
-    if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.float().expand(*(v if memory_v is None else memory_v).shape[:3])
-    if initial_norm is not None and not with_normalizer:
-        initial_norm = None
-    op = torch.ops.linearize.hybrid if torch.compiler.is_compiling() else _Eager.apply
-    near, lse, top, _, far, sums, state, norm = op(
-        q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
-        window, sinks, scale, memory_scale, with_normalizer,
-    )  # fmt: skip
-    return near, lse, top, far, sums if with_normalizer else None, state, norm if with_normalizer else None
-
-
-def _memory(
-    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None,
-    log_decay: Tensor | None, starts: Tensor | None, memory_starts: Tensor | None, initial_state: Tensor | None,
-    initial_norm: Tensor | None, memory_scale: float, with_normalizer: bool,
-) -> Call:  # fmt: skip
-    return Call(
+def _prepared(
+    q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
+    with_normalizer,
+):  # fmt: skip
+    """What the window's and the memory's kernels read, in the order of `Call` and then q, k, v, starts."""
+    near = (unit_stride(q), unit_stride(k), unit_stride(v), *contiguous(starts))
+    far = prepared(
         q if memory_q is None else memory_q, k if memory_k is None else memory_k, v if memory_v is None else memory_v,
-        log_decay, starts if memory_starts is None else memory_starts, initial_state, initial_norm, memory_scale,
-        with_normalizer,
+        log_decay, starts if memory_starts is None else memory_starts, initial_state, initial_norm, with_normalizer,
     )  # fmt: skip
+    return far, near
 
 
 def _run_forward(
@@ -55,37 +34,38 @@ def _run_forward(
     log_decay: Tensor | None, starts: Tensor | None, memory_starts: Tensor | None, initial_state: Tensor | None,
     initial_norm: Tensor | None, window: int, sinks: int, scale: float, memory_scale: float, with_normalizer: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    memory = _memory(
+    far, near = _prepared(
         q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
-        memory_scale, with_normalizer,
+        with_normalizer,
     )  # fmt: skip
-    near_q, near_k, near_v = unit_stride(q), unit_stride(k), unit_stride(v)
-    starts = None if starts is None else starts.contiguous()
-    far_launches, far = memory.forward()
-    near_launches, near = forward_launches(near_q, near_k, near_v, starts, window, sinks, scale)
-    key = ("hybrid", memory.key, layout(near_q, near_k, near_v, starts), window, sinks, scale)
-    if is_new(q, key):
-        later = []
-        if q.requires_grad:
-            o, lse, _, arg = near
-            later = memory.backward(far[0], far[1] if with_normalizer else None, None, None)[0]
-            given = (o, None, None, near_q, near_k, near_v, starts, o, lse, arg)
-            into = _into(memory_q, memory_k, memory_v, near_q, near_k, near_v)
-            later += grad_launches(*given, window, sinks, scale, into)[0]
-        compile_all(far_launches + near_launches + later)
-    run(far_launches + near_launches, key)
-    return *near, *far
+    numbers, memory_numbers = (window, sinks, scale), (memory_scale, with_normalizer)
+    apart = (memory_q is not None, memory_k is not None, memory_v is not None)
+
+    def build():
+        far_launches, far_outputs = Call(*far, *memory_numbers).forward()
+        near_launches, near_outputs = forward_launches(*near, *numbers)
+        return far_launches + near_launches, (*near_outputs, *far_outputs)
+
+    def later(outputs):
+        o, lse, _, arg, far_o, sums, _, _ = outputs
+        if not q.requires_grad:
+            return []
+        grads = (far_o, sums if with_normalizer else None, None, None)
+        return _grad_launches((o, None, None), (o, lse, arg), grads, far, near, apart, numbers, memory_numbers)[0]
+
+    return tuple(play(("hybrid", numbers, memory_numbers), (*far, *near), build, later))
 
 
-def _into(
-    memory_q: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the memory that the window adds to: those of the tensors that both branches read."""
-    return (
-        dq if memory_q is None else None,
-        dk if memory_k is None else None,
-        dv if memory_v is None else None,
-    )
+def _grad_launches(near_grads, kept, far_grads, far, near, apart, numbers, memory_numbers):
+    """The backward's launches, and the gradients of q, k, v, then of the memory's q, k, v, gates, state and norm.
+
+    The window adds to the memory's gradients of tensors that both branches read (not `apart`), which are then empty.
+    """
+    launches, (*own, dg, ds_0, dz_0) = Call(*far, *memory_numbers).backward(*far_grads)
+    into = tuple(None if alone else x for alone, x in zip(apart, own, strict=True))
+    more, near_outputs = grad_launches(*near_grads, *near, *kept, *numbers, into)
+    own = (x if alone else x.new_empty(0) for alone, x in zip(apart, own, strict=True))
+    return launches + more, (*near_outputs, *own, dg, ds_0, dz_0)
 
 
 def _run_backward(
@@ -96,38 +76,24 @@ def _run_backward(
     window: int, sinks: int, scale: float, memory_scale: float, with_normalizer: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, memory_q, memory_k, memory_v, log_decay, initial_state, initial_norm; empty where none."""
-    memory = _memory(
+    far, near = _prepared(
         q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
-        memory_scale, with_normalizer,
+        with_normalizer,
     )  # fmt: skip
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    starts = None if starts is None else starts.contiguous()
-    do = torch.zeros_like(o) if do is None else do.contiguous()
-    d_far = v.new_zeros((*memory.q.shape[:3], memory.V)) if d_far is None else d_far.contiguous()
-    if with_normalizer:
-        d_sums = q.new_zeros(q.shape[:3], dtype=torch.float32) if d_sums is None else d_sums.contiguous()
-    else:
-        d_sums = None
-    d_lse, d_max, d_state, d_norm = (None if x is None else x.contiguous() for x in (d_lse, d_max, d_state, d_norm))
-    launches, (dq_m, dk_m, dv_m, dg, ds_0, dz_0) = memory.backward(d_far, d_sums, d_state, d_norm)
-    near = (do, d_lse, d_max, q, k, v, starts, o, lse, row_arg)
-    into = _into(memory_q, memory_k, memory_v, dq_m, dk_m, dv_m)
-    more, (dq, dk, dv) = grad_launches(*near, window, sinks, scale, into)
-    shared = tuple(x is not None for x in into)
-    key = ("hybrid_grad", memory.key, layout(*near[:7], d_far, d_sums, d_state, d_norm), window, sinks, scale, shared)
-    if is_new(q, key):
-        compile_all(launches + more)
-    run(launches + more, key)
-    apart = (q.new_empty(0) if own else x for own, x in zip(shared, (dq_m, dk_m, dv_m), strict=True))
-    return [dq, dk, dv, *apart, gate_grad(dg, log_decay), ds_0, dz_0]
+    near_grads = contiguous(torch.zeros_like(o) if do is None else do, d_lse, d_max)
+    far_grads = output_grads(d_far, d_sums, d_state, d_norm, far[0], far[2], with_normalizer)
+    kept = (o, lse, row_arg)
+    numbers, memory_numbers = (window, sinks, scale), (memory_scale, with_normalizer)
+    apart = (memory_q is not None, memory_k is not None, memory_v is not None)
+    dq, dk, dv, *own, dg, ds_0, dz_0 = play(
+        ("hybrid_grad", numbers, memory_numbers, apart),
+        (*far, *near, *near_grads, *kept, *far_grads),
+        lambda: _grad_launches(near_grads, kept, far_grads, far, near, apart, numbers, memory_numbers),
+    )
+    return [dq, dk, dv, *own, gate_grad(dg, log_decay), ds_0, dz_0]
 
 
-_forward = torch.library.custom_op("linearize::hybrid", _run_forward, mutates_args=())
-_backward = torch.library.custom_op("linearize::hybrid_grad", _run_backward, mutates_args=())
-
-
-@_forward.register_fake
-def _(
+def _fake(
     q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
     window, sinks, scale, memory_scale, with_normalizer,
 ):  # fmt: skip
@@ -145,8 +111,7 @@ def _(
     )  # fmt: skip
 
 
-@_backward.register_fake
-def _(
+def _fake_grad(
     do, d_lse, d_max, d_far, d_sums, d_state, d_norm, o, lse, row_arg, q, k, v, memory_q, memory_k, memory_v,
     log_decay, starts, memory_starts, initial_state, initial_norm, window, sinks, scale, memory_scale, with_normalizer,
 ):  # fmt: skip
@@ -166,35 +131,36 @@ def _save(ctx, inputs, output):
     near, lse, _, row_arg, *_ = output
     ctx.save_for_backward(near, lse, row_arg, *tensors)
     ctx.mark_non_differentiable(row_arg)
-    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, op, do, d_lse, d_max, _, *far):
+def _gradients(ctx, backward, do, d_lse, d_max, _, *far):
     numbers = (ctx.window, ctx.sinks, ctx.scale, ctx.memory_scale, ctx.with_normalizer)
     inputs = ctx.saved_tensors[3:]
-    grads = op(do, d_lse, d_max, *far, *ctx.saved_tensors, *numbers)
+    grads = backward(do, d_lse, d_max, *far, *ctx.saved_tensors, *numbers)
     dq, dk, dv, dq_m, dk_m, dv_m, dg, ds_0, dz_0 = grads
     given = (dq, dk, dv, dq_m, dk_m, dv_m, dg, None, None, ds_0, dz_0)
     return *(None if x is None else grad for x, grad in zip(inputs, given, strict=True)), *(None,) * len(numbers)
 
 
-def _differentiate(ctx, *grads):
-    return _gradients(ctx, torch.ops.linearize.hybrid_grad, *grads)
+_op = differentiable("hybrid", _run_forward, _run_backward, (_fake, _fake_grad), _save, _gradients)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+def hybrid_triton(
+    q: Tensor, k: Tensor, v: Tensor, memory_q: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None,
+    log_decay: Tensor | None, starts: Tensor | None, memory_starts: Tensor | None, initial_state: Tensor | None,
+    initial_norm: Tensor | None, window: int, sinks: int, scale: float, memory_scale: float, with_normalizer: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """Run `hybrid_attention` (see there for shapes) through the registered op `linearize::hybrid`.
 
-
-class _Eager(torch.autograd.Function):
-    """The same op without the dispatcher, whose cost a launch would show outside `torch.compile`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _run_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return _gradients(ctx, _run_backward, *grads)
+    Returns:
+        The window's outputs, log-sum-exp and largest score; the memory's outputs, normalizer, state and norm.
+    """
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.float().expand(*(v if memory_v is None else memory_v).shape[:3])
+    if initial_norm is not None and not with_normalizer:
+        initial_norm = None
+    near, lse, top, _, far, sums, state, norm = _op(
+        q, k, v, memory_q, memory_k, memory_v, log_decay, starts, memory_starts, initial_state, initial_norm,
+        window, sinks, scale, memory_scale, with_normalizer,
+    )  # fmt: skip
+    return near, lse, top, far, sums if with_normalizer else None, state, norm if with_normalizer else None

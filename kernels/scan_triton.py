@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run
+from linearize.kernels.launch import Launch, contiguous, differentiable, play
 
 SCAN_TOKENS = 64  # of a chunk
 
@@ -119,6 +119,84 @@ def _scan_backward(
     tl.store(d_initial + (b * G + g) * head + own, d_state, mask=inside)
 
 
+def _sizes(q: Tensor, v: Tensor, rate: Tensor) -> dict[str, object]:
+    """Compile-time constants of all launches of one call."""
+    groups, value_dim, size = rate.shape
+    blocks, repeat = q.shape[-1] // size, q.shape[2] // groups
+    channels = value_dim // blocks
+    powers = {f"B{name}": triton.next_power_of_2(x) for name, x in (("R", repeat), ("N", size), ("P", channels))}
+    return {"R": repeat, "S": blocks, "N": size, "P": channels, **powers, "C": SCAN_TOKENS}
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor, state: Tensor
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    (B, T, H, _), G, sizes = q.shape, rate.shape[0], _sizes(q, v, rate)
+    o, final = v.new_empty((B, T, H, v.shape[-1])), torch.empty_like(state)
+    kept = state.new_empty((B, -(-T // SCAN_TOKENS), *rate.shape))
+    args = (q, k, v, dt, rate, goes_on, state, o, final, kept, T, G)
+    return [Launch(_scan_forward, (sizes["S"], G, B), args, sizes, {}, warps=1, stages=1)], (o, final, kept)
+
+
+def _grad_launch(
+    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor,
+    kept: Tensor,
+) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
+    (B, T, _, _), G, sizes = q.shape, rate.shape[0], _sizes(q, v, rate)
+    scratch = rate.new_empty((B, G, sizes["S"], SCAN_TOKENS, sizes["BP"], sizes["BN"]))
+    dq, dk, dv, d_dt = (torch.empty_like(x) for x in (q, k, v, dt))
+    d_rate, d_initial = rate.new_empty((B, *rate.shape)), torch.empty_like(d_final)
+    args = (q, k, v, dt, rate, goes_on, kept, do, d_final, scratch, dq, dk, dv, d_dt, d_rate, d_initial, T, G)
+    launch = Launch(_scan_backward, (sizes["S"], G, B), args, sizes, {}, warps=1, stages=1)
+    return [launch], (dq, dk, dv, d_dt, d_rate, d_initial)
+
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_grad = any(x.requires_grad for x in (q, k, v, dt, rate, state))
+    given = contiguous(q, k, v, dt, rate, goes_on, state)
+
+    def later(outputs):
+        o, final, kept = outputs
+        return _grad_launch(o, final, *given[:6], kept)[0] if needs_grad else []
+
+    return tuple(play("scan", given, lambda: _launch(*given), later))
+
+
+def _run_backward(
+    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    given = contiguous(do, d_final, q, k, v, dt, rate, goes_on, kept)
+    dq, dk, dv, d_dt, d_rate, d_initial = play("scan_grad", given, lambda: _grad_launch(*given))
+    return dq, dk, dv, d_dt, d_rate.sum(0), d_initial
+
+
+def _fake(q, k, v, dt, rate, goes_on, state):
+    kept = state.new_empty((q.shape[0], -(-q.shape[1] // SCAN_TOKENS), *rate.shape))
+    return v.new_empty((*q.shape[:3], v.shape[-1])), torch.empty_like(state), kept
+
+
+def _fake_grad(do, d_final, q, k, v, dt, rate, goes_on, kept):
+    return (*(x.new_empty(x.shape) for x in (q, k, v, dt, rate)), torch.empty_like(d_final))
+
+
+def _save(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx, backward, do, d_final, _):
+    dq, dk, dv, d_dt, d_rate, d_initial = backward(do, d_final, *ctx.saved_tensors)
+    return dq, dk, dv, d_dt, d_rate, None, d_initial
+
+
+_op = differentiable("scan", _run_forward, _run_backward, (_fake, _fake_grad), _save, _gradients)
+
+
 def scan_triton(
     q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -133,109 +211,5 @@ def scan_triton(
         goes_on: [B, T] in fp32, 0 where the state is empty before a token.
         state: before the first token, in fp32.
     """
-    op = torch.ops.linearize.scan if torch.compiler.is_compiling() else _Eager.apply
-    o, final, _ = op(q, k, v, dt, rate, goes_on, state)
+    o, final, _ = _op(q, k, v, dt, rate, goes_on, state)
     return o, final
-
-
-def _sizes(q: Tensor, v: Tensor, rate: Tensor) -> dict[str, object]:
-    """Compile-time constants of all launches of one call."""
-    groups, value_dim, size = rate.shape
-    blocks, repeat = q.shape[-1] // size, q.shape[2] // groups
-    channels = value_dim // blocks
-    powers = {f"B{name}": triton.next_power_of_2(x) for name, x in (("R", repeat), ("N", size), ("P", channels))}
-    return {"R": repeat, "S": blocks, "N": size, "P": channels, **powers, "C": SCAN_TOKENS}
-
-
-def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs_grad = any(x.requires_grad for x in (q, k, v, dt, rate, state))
-    q, k, v, dt, rate, goes_on, state = (x.contiguous() for x in (q, k, v, dt, rate, goes_on, state))
-    (B, T, H, _), G, sizes = q.shape, rate.shape[0], _sizes(q, v, rate)
-    o, final = v.new_empty((B, T, H, v.shape[-1])), torch.empty_like(state)
-    kept = state.new_empty((B, -(-T // SCAN_TOKENS), *rate.shape))
-    args = (q, k, v, dt, rate, goes_on, state, o, final, kept, T, G)
-    launch = Launch(_scan_forward, (sizes["S"], G, B), args, sizes, {}, warps=1, stages=1)
-    key = ("scan", layout(q, k, v, dt, rate, goes_on, state))
-    if is_new(q, key):
-        given = (q, k, v, dt, rate, goes_on, kept, o, final)
-        compile_all([launch, *([_grad_launch(*given)[0]] if needs_grad else [])])
-    run([launch], key)
-    return o, final, kept
-
-
-def _grad_launch(
-    q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor, kept: Tensor, do: Tensor,
-    d_final: Tensor,
-) -> tuple[Launch, tuple[Tensor, ...]]:  # fmt: skip
-    (B, T, _, _), G, sizes = q.shape, rate.shape[0], _sizes(q, v, rate)
-    scratch = rate.new_empty((B, G, sizes["S"], SCAN_TOKENS, sizes["BP"], sizes["BN"]))
-    dq, dk, dv, d_dt = (torch.empty_like(x) for x in (q, k, v, dt))
-    d_rate, d_initial = rate.new_empty((B, *rate.shape)), torch.empty_like(d_final)
-    args = (q, k, v, dt, rate, goes_on, kept, do, d_final, scratch, dq, dk, dv, d_dt, d_rate, d_initial, T, G)
-    launch = Launch(_scan_backward, (sizes["S"], G, B), args, sizes, {}, warps=1, stages=1)
-    return launch, (dq, dk, dv, d_dt, d_rate, d_initial)
-
-
-def _run_backward(
-    do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, dt: Tensor, rate: Tensor, goes_on: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = tuple(x.contiguous() for x in (q, k, v, dt, rate, goes_on, kept, do, d_final))
-    launch, (dq, dk, dv, d_dt, d_rate, d_initial) = _grad_launch(*given)
-    key = ("scan_grad", layout(*given))
-    if is_new(q, key):
-        compile_all([launch])
-    run([launch], key)
-    return dq, dk, dv, d_dt, d_rate.sum(0), d_initial
-
-
-_forward = torch.library.custom_op("linearize::scan", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(q, k, v, dt, rate, goes_on, state):
-    kept = state.new_empty((q.shape[0], -(-q.shape[1] // SCAN_TOKENS), *rate.shape))
-    return v.new_empty((*q.shape[:3], v.shape[-1])), torch.empty_like(state), kept
-
-
-_backward = torch.library.custom_op("linearize::scan_grad", _run_backward, mutates_args=())
-
-
-@_backward.register_fake
-def _(do, d_final, q, k, v, dt, rate, goes_on, kept):
-    return (*(x.new_empty(x.shape) for x in (q, k, v, dt, rate)), torch.empty_like(d_final))
-
-
-def _save(ctx, inputs, output):
-    q, k, v, dt, rate, goes_on, _ = inputs
-    ctx.save_for_backward(q, k, v, dt, rate, goes_on, output[2])
-    ctx.mark_non_differentiable(output[2])
-
-
-def _gradients(ctx, op, do, d_final, _):
-    dq, dk, dv, d_dt, d_rate, d_initial = op(do, d_final, *ctx.saved_tensors)
-    return dq, dk, dv, d_dt, d_rate, None, d_initial
-
-
-def _differentiate(ctx, *grads):
-    return _gradients(ctx, torch.ops.linearize.scan_grad, *grads)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op without the dispatcher, whose cost a launch would show outside `torch.compile`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _run_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return _gradients(ctx, _run_backward, *grads)

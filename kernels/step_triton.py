@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels.launch import Launch, layout, run, unit_stride
+from linearize.kernels.launch import Launch, play, unit_stride
 
 
 @triton.jit
@@ -165,22 +165,33 @@ def _run(
     scale_w: float, scale_m: float, write: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q_w, k_w, v_w, q_m, k_m, v_m = (None if x is None else unit_stride(x) for x in (q_w, k_w, v_w, q_m, k_m, v_m))
-    q = q_m if q_w is None else q_w
-    keys = k_m if k_ring is None else k_ring
-    values = v_m if v_ring is None else v_ring
     for name, x in (("state", state), ("norm", norm)):
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} is updated in place and must be contiguous; got strides {x.stride()}.")
+    given = (q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm)
+    numbers = (scale_w, scale_m, write, eps)
+    return tuple(play(("step", numbers), given, lambda: _one_launch(*given, *numbers)))
+
+
+def _one_launch(
+    q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm, scale_w, scale_m,
+    write, eps,
+):  # fmt: skip
+    """The launch of a step, and its outputs."""
+    q = q_m if q_w is None else q_w
+    keys = k_m if k_ring is None else k_ring
+    values = v_m if v_ring is None else v_ring
     B, H, K = q.shape
     KM = K if q_m is None else q_m.shape[-1]
     G, V = keys.shape[-2], values.shape[-1]
     memory, window = state is not None, k_ring is not None
-    o_w, lse, row_max, o_m, sums = _outputs(q, values, norm, memory, window)
+    outputs = _outputs(q, values, norm, memory, window)
     full_v = max(16, triton.next_power_of_2(V))
     block_v = min(32, full_v)
     parts = triton.cdiv(V, block_v) if memory else 0
     if gate is not None and gate.dim() == 1:
         gate = gate.expand(B, G)
+    o_w, lse, row_max, o_m, sums = outputs
     args = (
         q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, o_w, lse, row_max,
         q_m, k_m, v_m, gate, beta, state, norm, o_m, sums,
@@ -196,10 +207,7 @@ def _run(
         "WRITE": write, "SINKS": sink_k is not None, "GATE": 0 if gate is None else gate.dim() - 1,
         "NORM": norm is not None, "DELTA": beta is not None, "UNIT": eps > 0, "PREC": "tf32x3",
     }  # fmt: skip
-    given = (q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, gate, beta, state, norm)
-    key = ("step", layout(*given), scale_w, scale_m, write, eps)
-    run([Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], key)
-    return o_w, lse, row_max, o_m, sums
+    return [Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], outputs
 
 
 def _outputs(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.configs import Blocks, window_tiles
-from linearize.kernels.launch import Launch, compile_all, is_new, layout, run, unit_stride
+from linearize.kernels.launch import Launch, contiguous, differentiable, play, unit_stride
 
 
 @triton.jit
@@ -281,15 +281,6 @@ def _key_grads(
     tl.store(dv + out * V + vs[None, :], dv_N.to(dv.dtype.element_ty), mask=in_tv)
 
 
-def window_triton(
-    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float, starts: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `window_attention` (see there for shapes) through the registered op `linearize::window`."""
-    op = torch.ops.linearize.window if torch.compiler.is_compiling() else _Eager.apply
-    o, lse, row_max, _ = op(q, k, v, starts, window, sinks, scale)
-    return o, lse, row_max
-
-
 def _shared(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int) -> dict[str, object]:
     """Compile-time constants of all launches of one call."""
     return {
@@ -351,87 +342,57 @@ def grad_launches(
 def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int, sinks: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs_grad = q.requires_grad
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    starts = None if starts is None else starts.contiguous()
-    launches, outputs = forward_launches(q, k, v, starts, window, sinks, scale)
-    key = ("window", layout(q, k, v, starts), window, sinks, scale)
-    if is_new(q, key):
+    given = (unit_stride(q), unit_stride(k), unit_stride(v), *contiguous(starts))
+    numbers = (window, sinks, scale)
+
+    def later(outputs):
         o, lse, _, row_arg = outputs
-        later = []
-        if needs_grad:
-            later = grad_launches(o, None, None, q, k, v, starts, o, lse, row_arg, window, sinks, scale)[0]
-        compile_all(launches + later)
-    run(launches, key)
-    return outputs
+        return grad_launches(o, None, None, *given, o, lse, row_arg, *numbers)[0] if q.requires_grad else []
+
+    return tuple(play(("window", numbers), given, lambda: forward_launches(*given, *numbers), later))
 
 
 def _run_backward(
     do: Tensor | None, d_lse: Tensor | None, d_max: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     starts: Tensor | None, o: Tensor, lse: Tensor, row_arg: Tensor, window: int, sinks: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    starts = None if starts is None else starts.contiguous()
-    do = torch.zeros_like(o) if do is None else do.contiguous()
-    d_lse, d_max = (None if x is None else x.contiguous() for x in (d_lse, d_max))
-    given = (do, d_lse, d_max, q, k, v, starts, o, lse, row_arg)
-    launches, grads = grad_launches(*given, window, sinks, scale)
-    key = ("window_grad", layout(*given[:7]), window, sinks, scale)
-    if is_new(q, key):
-        compile_all(launches)
-    run(launches, key)
-    return grads
+    do = torch.zeros_like(o) if do is None else do
+    given = (
+        *contiguous(do, d_lse, d_max), unit_stride(q), unit_stride(k), unit_stride(v), *contiguous(starts), o, lse,
+        row_arg,
+    )  # fmt: skip
+    numbers = (window, sinks, scale)
+    return tuple(play(("window_grad", numbers), given, lambda: grad_launches(*given, *numbers)))
 
 
-_forward = torch.library.custom_op("linearize::window", _run_forward, mutates_args=())
-
-
-@_forward.register_fake
-def _(q, k, v, starts, window, sinks, scale):
+def _fake(q, k, v, starts, window, sinks, scale):
     rows = q.new_empty(q.shape[:3], dtype=torch.float32)
     o = q.new_empty((*q.shape[:3], v.shape[-1]))
     return o, rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.int32)
 
 
-_backward = torch.library.custom_op("linearize::window_grad", _run_backward, mutates_args=())
-
-
-@_backward.register_fake
-def _(do, d_lse, d_max, q, k, v, starts, o, lse, row_arg, window, sinks, scale):
+def _fake_grad(do, d_lse, d_max, q, k, v, starts, o, lse, row_arg, window, sinks, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, starts, ctx.window, ctx.sinks, ctx.scale = inputs
+    *tensors, ctx.window, ctx.sinks, ctx.scale = inputs
     o, lse, _, row_arg = output
-    ctx.save_for_backward(q, k, v, starts, o, lse, row_arg)
+    ctx.save_for_backward(*tensors, o, lse, row_arg)
     ctx.mark_non_differentiable(row_arg)
-    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, op, do, d_lse, d_max, _):
-    q, k, v, starts, o, lse, row_arg = ctx.saved_tensors
-    dq, dk, dv = op(do, d_lse, d_max, q, k, v, starts, o, lse, row_arg, ctx.window, ctx.sinks, ctx.scale)
-    return dq, dk, dv, None, None, None, None
+def _gradients(ctx, backward, do, d_lse, d_max, _):
+    grads = backward(do, d_lse, d_max, *ctx.saved_tensors, ctx.window, ctx.sinks, ctx.scale)
+    return *grads, None, None, None, None
 
 
-def _differentiate(ctx, *grads):
-    return _gradients(ctx, torch.ops.linearize.window_grad, *grads)
+_op = differentiable("window", _run_forward, _run_backward, (_fake, _fake_grad), _save, _gradients)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    """The same op without the dispatcher, whose cost a launch would show outside `torch.compile`."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _run_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        return _gradients(ctx, _run_backward, *grads)
+def window_triton(
+    q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `window_attention` (see there for shapes) through the registered op `linearize::window`."""
+    o, lse, row_max, _ = _op(q, k, v, starts, window, sinks, scale)
+    return o, lse, row_max

@@ -6,9 +6,11 @@ bf16 is left to the GPU check of `scripts/bench_kernels.py`: the interpreter's b
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench_kernels import BOUNDS, GATES, delta_errors, hybrid_errors, linear_errors, relative, window_errors
 
-from linearize.kernels import configs
+from linearize.kernels import configs, launch
 from linearize.kernels.delta import delta_product, delta_product_step, gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
@@ -110,6 +112,101 @@ def test_delta_steps_follow_the_parallel_form(gate: str) -> None:
         o = delta_product_step(q[:, t], *given, scale=0.5, l2norm=True)
         torch.testing.assert_close(o, whole.o[:, t], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(states, (one.state, whole.state), rtol=1e-4, atol=1e-4)
+
+
+class Started:
+    """Stands for a compiled kernel: takes addresses where the kernel takes tensors."""
+
+    packed_metadata = ()
+
+    def __init__(self, first: launch.Launch) -> None:
+        self.first = first
+
+    def __getitem__(self, grid: tuple[int, int, int]):
+        def start(*values, stream: int) -> None:
+            args = values[: len(self.first.args)]
+            assert values[len(args) :] == self.first.values()
+            args = [
+                self.tensor(x, y) if isinstance(x, Tensor) else y for x, y in zip(self.first.args, args, strict=True)
+            ]
+            self.first.kernel[grid](*args, **self.first.options())
+
+        return start
+
+    @staticmethod
+    def tensor(like: Tensor, address: int) -> Tensor:
+        if like.numel() == 0:
+            return like
+        memory = (ctypes.c_uint8 * like.element_size()).from_address(address)
+        return torch.frombuffer(memory, dtype=like.dtype)
+
+
+def test_a_replayed_call_equals_a_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    B, T, H, G, D = 1, 40, 4, 2, 16
+
+    def started(first: launch.Launch) -> Started:
+        original(first)
+        return Started(first)
+
+    original = launch._start
+    monkeypatch.setattr(launch, "_start", started)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+    def new() -> dict[str, Tensor]:
+        q, k, v, g = (torch.randn(B, T, h, D) for h in (H, G, G, G))
+        one = {"q": q, "k": k, "v": v, "g": -g.abs(), "scalar": -g[..., 0].abs(), "beta": g[..., 1].sigmoid()}
+        state, norm = torch.randn(B, G, D, D), torch.randn(B, G, D)
+        return {n: x.requires_grad_() for n, x in (one | {"state": state, "norm": norm}).items()}
+
+    def linear(x: dict[str, Tensor], gate: str, more: dict) -> list[Tensor | None]:
+        return list(gated_linear_attention(x["q"], x["k"], x["v"], x.get(gate), **more))
+
+    def hybrid(x: dict[str, Tensor], more: dict) -> list[Tensor | None]:
+        return list(hybrid_attention(x["q"], x["k"], x["v"], x["g"], window=8, sinks=2, **more)[:5])
+
+    def delta(x: dict[str, Tensor], gate: str, unit: bool) -> list[Tensor | None]:
+        out = gated_delta_rule(x["q"], x["k"], x["v"], x["beta"], x.get(gate), initial_state=x["state"], l2norm=unit)
+        return [out.o, out.state]
+
+    def steps(x: dict[str, Tensor]) -> list[Tensor | None]:
+        state = x["state"].detach().clone()
+        rings = [torch.zeros(B, 4, G, D) for _ in range(2)]
+        q, k, v, g = (x[name].detach()[:, 0] for name in ("q", "k", "v", "g"))
+        out = hybrid_step(q, k, v, g, state, *rings, torch.zeros(B, dtype=torch.long))
+        return [out.window, out.memory, state, *rings]
+
+    calls = {
+        "linear": lambda x: linear(x, "g", {}),
+        "linear, scalar, normalizer": lambda x: linear(
+            x, "scalar", {"with_normalizer": True, "initial_state": x["state"], "initial_norm": x["norm"]}
+        ),
+        "linear, norm alone": lambda x: linear(x, "", {"with_normalizer": True, "initial_norm": x["norm"]}),
+        "delta": lambda x: delta(x, "scalar", False),
+        "delta, vector": lambda x: delta(x, "g", True),
+        "hybrid": lambda x: hybrid(x, {}),
+        "hybrid, apart": lambda x: hybrid(x, {"memory_q": x["q"] * 2, "memory_v": x["v"] * 2}),
+        "window": lambda x: list(window_attention(x["q"], x["k"], x["v"], window=16)),
+        "scan": lambda x: list(selective_scan(x["q"], x["k"], x["v"], x["v"].abs(), x["state"][0, :, :, :4].abs())),
+        "steps": steps,
+    }
+
+    def results(call, x: dict[str, Tensor]) -> list[Tensor]:
+        out = [y for y in call(x) if y is not None]
+        loss = sum((y * (1 + torch.arange(y.numel()).view(y.shape) % 7)).sum() for y in out)
+        grads = torch.autograd.grad(loss, list(x.values()), allow_unused=True) if loss.requires_grad else ()
+        return [y.detach() for y in out] + [y for y in grads if y is not None]
+
+    for name, call in calls.items():
+        launch.forget()
+        results(call, new())
+        count = len(launch._plans)
+        x = new()
+        replayed = results(call, x)
+        assert len(launch._plans) == count > 0, name
+        launch.forget()
+        for ours, wanted in zip(replayed, results(call, x), strict=True):
+            assert torch.equal(ours, wanted), name
+    launch.forget()
 
 
 def test_half_precision() -> None:

@@ -17,10 +17,11 @@ import torch
 from linearize import workspace, yaml_io
 from linearize.checkpoint import sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
+from linearize.data.sources import is_local, source_names
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
-from linearize.hub import check_repository, push
+from linearize.hub import Pushed, check_repository, push, written_files
 from linearize.interrupt import Signals
 from linearize.kernels.backend import BACKENDS
 from linearize.modeling import auto_class
@@ -37,11 +38,11 @@ from linearize.planning import (
 )
 from linearize.probe import run_probe, sample_settings
 from linearize.recipe import Distill, Preference, Recipe, Transfer
-from linearize.report import draw_png, model_card, read_metrics, render_html
+from linearize.report import draw_png, read_metrics, write_pages
 from linearize.report.track import tracker
 from linearize.stages import Run, run_stage
 from linearize.surgery import Surgery, convert
-from linearize.teacher import TeacherInfo, TeacherSource, load_config, load_teacher, resolve
+from linearize.teacher import TeacherInfo, TeacherSource, base_model, load_config, load_teacher, local_folder, resolve
 
 PROMPT = "A Python function is defined with the keyword"
 Watch = Callable[[dict[str, Any]], None]
@@ -55,11 +56,13 @@ class Result:
         output: the finished checkpoint's folder.
         results: rows of quality, sample continuations, cache bytes and provenance, as in `results.json`.
         finished_before: the folder was there already, and nothing was run.
+        pushed: what a push left on the Hub; None without one.
     """
 
     output: Path
     results: dict[str, Any]
     finished_before: bool = False
+    pushed: Pushed | None = None
 
 
 @dataclass(frozen=True)
@@ -169,27 +172,27 @@ def linearize(
     finished = workspace.finished_results(folder, job.settings(), fresh)
     if finished is not None:
         workspace.clear(folder)
-        if push_to_hub is not None:
-            push(folder, push_to_hub)
-        return Result(folder, finished, finished_before=True)
+        return Result(folder, finished, True, None if push_to_hub is None else push(folder, push_to_hub))
     with (
         Signals() as signals,
         workspace.hold(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk)) as work,
     ):
         results = _run(job, work, _watcher(watch, track, work), signals)
         workspace.publish(work, folder)
-    if push_to_hub is not None:
-        push(folder, push_to_hub)
-    return Result(folder, results)
+    return Result(folder, results, False, None if push_to_hub is None else push(folder, push_to_hub))
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """Return the linearized model in a folder; `options` go to `from_pretrained`.
+    """Return a linearized model; none of the checkpoint's own code runs.
+
+    Args:
+        folder: a finished folder, or a repository of the Hub, `owner/name` or `owner/name@revision`.
+        **options: for `from_pretrained`, such as `dtype`.
 
     Raises:
-        LinearizeError: the folder holds no linearized model, or not all of its tensors.
+        LinearizeError: there is no linearized model, or not all of its tensors.
     """
-    path = workspace.checkpoint_folder(folder)
+    path = workspace.checkpoint_folder(local_folder(folder))
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     auto = auto_class(settings["linearize"]["model_type"])
     model, report = auto.from_pretrained(path, output_loading_info=True, **options)
@@ -235,12 +238,25 @@ def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]
             {"context": context, "teacher_bytes": teacher, "student_bytes": student}
             for context, (teacher, student) in job.plan.cache.items()
         ],
-        "provenance": workspace.provenance(job.settings(), info, corpus, time.time() - began),
+        "provenance": _provenance(job, info, corpus, time.time() - began),
         "recipe_yaml": job.plan.recipe.to_yaml(),
+        "converted": job.recipe.mixer is not None,
+        "causal": job.recipe.causal,
     }
     watch({"event": "save"})
-    _save(job, model, tokenizer, info, results, work, scores)
+    _save(job, model, tokenizer, results, work, scores)
     return results
+
+
+def _provenance(job: Job, info: TeacherInfo, corpus: Corpus, seconds: float) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the run, and what the model card's metadata say of teacher and data."""
+    known = workspace.provenance(job.settings(), info, corpus, seconds)
+    pairs = [stage.source for _, stage in job.recipe.schedule() if isinstance(stage, Preference)]
+    sources = [*source_names(job.recipe.data), *pairs]
+    named = [name.partition(":")[0] for name in dict.fromkeys(sources) if not is_local(name)]
+    known["teacher"] |= {"base_model": base_model(job.source), "license": info.license}
+    known["data"]["datasets"] = named
+    return known
 
 
 def _stages(
@@ -410,7 +426,6 @@ def _save(
     job: Job,
     model: Any,
     tokenizer: Any,
-    info: TeacherInfo,
     results: dict[str, Any],
     work: Path,
     scores: ProbeScores | None,
@@ -426,16 +441,15 @@ def _save(
     records = read_metrics(work / "metrics.jsonl")
     if records:
         shutil.copy(work / "metrics.jsonl", final / "metrics.jsonl")
-    lock = {"settings": json.loads(json.dumps(job.settings())), "provenance": results["provenance"]}
+    lock: dict[str, Any] = {"settings": json.loads(json.dumps(job.settings())), "provenance": results["provenance"]}
     if scores is not None:
         chosen = job.plan.recipe.model_dump(mode="json")
         lock["chosen"] = {"layers": chosen["layers"], "exact_heads": chosen["exact_heads"]}
         _write_probe(scores, final, chosen["exact_heads"])
-    write_text(final / workspace.LOCK, yaml_io.dump(lock))
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
-    write_text(final / "report.html", render_html(results, records))
-    base = info.source.removeprefix("hub:").partition("@")[0] if info.source.startswith("hub:") else None
-    write_text(final / "README.md", model_card(results, base_model=base, license=info.license))
+    write_pages(final, results, records)
+    lock["files"] = sorted([*written_files(final), workspace.LOCK])
+    write_text(final / workspace.LOCK, yaml_io.dump(lock))
 
 
 def _write_probe(scores: ProbeScores, folder: Path, chosen: list[list[int]]) -> None:
@@ -556,7 +570,7 @@ def generate_text(
 
     from transformers import AutoTokenizer, TextIteratorStreamer
 
-    path = workspace.checkpoint_folder(folder)
+    path = workspace.checkpoint_folder(local_folder(folder))
     tokenizer = AutoTokenizer.from_pretrained(path)
     where = check_device(device)
     model = load(path, dtype="auto").to(where).eval()

@@ -134,7 +134,7 @@ def run(
         plan(model, recipe, overrides, data, tokens, quick, device, dtype, trust_remote_code)
         return
     from linearize import api
-    from linearize.display import RunDisplay, quiet_libraries, show_results
+    from linearize.display import RunDisplay, quiet_libraries, show_pushed, show_results
     from linearize.interrupt import Stopped
 
     quiet_libraries()
@@ -168,6 +168,8 @@ def run(
     if result.finished_before:
         typer.echo(f"{result.output} is finished already; --fresh makes it anew.")
     show_results(result.results, result.output)
+    if result.pushed is not None:
+        show_pushed(result.pushed)
 
 
 @app.command()
@@ -391,6 +393,26 @@ def generate(
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Of the Hub; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; main by default.")] = None,
+    pr: Annotated[bool, typer.Option("--pr", help="Open a pull request in a repository that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up, and send nothing.")] = False,
+) -> None:
+    """Upload a finished folder to the Hugging Face Hub: one commit, with a tag."""
+    from linearize import hub
+    from linearize.display import show_pushed, show_upload
+
+    if dry_run:
+        hub.check_target(repository, revision, pr)
+        show_upload(hub.choose_files(folder), repository)
+        return
+    show_pushed(hub.push(folder, repository, private=private, revision=revision, pr=pr))
 
 
 @app.command()

@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores
+from linearize.hub import Pushed, Upload
 from linearize.recipe import Measure
 from linearize.report import (
     answer_cells,
@@ -145,6 +147,47 @@ def show_results(results: dict[str, Any], output: Path, console: Console | None 
         if who in samples:
             console.print(f"[bold]{who}[/bold]: {escape(samples.get('prompt', ''))}[dim]{escape(samples[who])}[/dim]")
     console.print(f"Checkpoint: {escape(str(output))}   report: {escape(str(output / 'report.html'))}")
+
+
+def show_upload(upload: Upload, repository: str, console: Console | None = None) -> None:
+    """Print what of a folder would go up.
+
+    Args:
+        upload: what `choose_files` returns.
+        repository: where to.
+        console: where to print; the terminal by default.
+    """
+    console = console or terminal()
+    table = Table("file", title=f"Would go to {escape(repository)} in one commit, tag v{upload.version}")
+    table.add_column("bytes", justify="right")
+    for name, size in upload.files.items():
+        table.add_row(escape(name), f"{size:,}")
+    console.print(table)
+    console.print(f"{len(upload.files)} files, {format_bytes(sum(upload.files.values()))}; nothing was sent.")
+    _show_left_out(upload, console)
+
+
+def show_pushed(pushed: Pushed, console: Console | None = None) -> None:
+    """Print what a push left on the Hub.
+
+    Args:
+        pushed: what `push` returns.
+        console: where to print; the terminal by default.
+    """
+    console = console or terminal()
+    size = format_bytes(sum(pushed.upload.files.values()))
+    console.print(f"Pushed {len(pushed.upload.files)} files, {size}: {escape(pushed.url)}", soft_wrap=True)
+    if pushed.tag is not None:
+        console.print(f"Tag {escape(pushed.tag)} on commit {pushed.commit[:7]}")
+    if pushed.note:
+        console.print(escape(pushed.note))
+    _show_left_out(pushed.upload, console)
+
+
+def _show_left_out(upload: Upload, console: Console) -> None:
+    if upload.left_out:
+        names = ", ".join(upload.left_out)
+        console.print(f"Left out, since the run did not write it: {escape(names)}", soft_wrap=True)
 
 
 def show_evaluation(results: dict[str, Any], output: Path, console: Console | None = None) -> None:

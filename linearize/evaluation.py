@@ -29,7 +29,7 @@ from linearize.eval.text import EvaluationText, evaluation_text, held_out_text
 from linearize.eval.zero_shot import check_tasks
 from linearize.modeling import auto_class
 from linearize.recipe import Recipe
-from linearize.report import draw_png, evaluation_page
+from linearize.report import card_is_ours, draw_png, evaluation_page, refresh_pages
 from linearize.report.table import Cells
 from linearize.teacher import load_teacher, resolve
 
@@ -58,6 +58,8 @@ def evaluate_folder(
     **sizes: Any,
 ) -> dict[str, Any]:
     """Measure a finished folder, its teacher and its controls, and write `eval.json`, `eval.md` and figures.
+
+    Where they go into the folder itself, its model card and `report.html` are written anew with them.
 
     Args:
         folder: what `linearize` wrote.
@@ -131,7 +133,12 @@ def evaluate_folder(
             },
         }
     )
+    ours = output is None and card_is_ours(path)
     write_report(results, Path(output) if output else path / FOLDER)
+    if ours:
+        refresh_pages(path)
+    elif output is None:
+        tell(f"{path / 'README.md'} was edited, or is of another version of linearize: it is left as it is")
     return results
 
 

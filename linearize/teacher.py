@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from linearize.aliases import alias_names, read_alias
+from linearize.aliases import HubSource, alias_names, read_alias
 from linearize.errors import LinearizeError, UnknownNameError
-from linearize.fetch import Files, cached_alias, from_alias, from_folder, from_gguf, from_hub, snapshot
+from linearize.fetch import WANTED, Files, cached_alias, from_alias, from_folder, from_gguf, from_hub, snapshot
 from linearize.weights import check_folder, check_gguf
 
 if TYPE_CHECKING:
@@ -84,6 +84,26 @@ def resolve(model: str) -> TeacherSource:
         return TeacherSource(repository.rpartition("/")[2], "hub", repository, revision or "main")
     unknown = UnknownNameError("model", model, alias_names())
     raise LinearizeError(f"{unknown} A folder, a .gguf file or a hub id such as org/name serves as well.")
+
+
+def local_folder(place: str | Path) -> Path:
+    """Return a folder as it is, or the local copy of the hub repository that a text names (`owner/name@revision`).
+
+    Raises:
+        LinearizeError: the repository cannot be had.
+    """
+    text = str(place)
+    if Path(place).exists() or not HUB_ID.fullmatch(text) or text.startswith("."):
+        return Path(place)
+    repository, _, revision = text.partition("@")
+    return snapshot(repository, revision or "main", WANTED)
+
+
+def base_model(source: TeacherSource) -> str | None:
+    """Return a teacher's repository on the hub, wherever its files came from; None where it is in none."""
+    if source.kind == "alias":
+        return next((one.hub for one in read_alias(source.location).sources if isinstance(one, HubSource)), None)
+    return source.location if source.kind == "hub" else None
 
 
 def load_config(source: TeacherSource, trust_remote_code: bool = False) -> PretrainedConfig:

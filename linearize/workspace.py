@@ -184,8 +184,9 @@ def waiting(error: LinearizeError, model: str | Path, output: str | Path | None)
 def publish(work: Path, output: Path) -> None:
     """Let the finished folder appear by one rename, and remove the work folder."""
     mode = (work / SETTINGS).stat().st_mode
-    for path in (work / FINAL).iterdir():
-        path.chmod(mode)  # safetensors lets its owner alone read what it writes
+    for path in (work / FINAL).rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors lets its owner alone read what it writes
     sync_all(work / FINAL)
     if output.exists():
         output.rename(work / "replaced")

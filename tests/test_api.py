@@ -14,15 +14,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from linearize import yaml_io
 from linearize.api import generate_text, linearize, load, plan
 from linearize.errors import LinearizeError
 from linearize.eval import kv_cache_bytes
 from linearize.evaluation import evaluate_folder
+from linearize.hub import written_files
 from linearize.recipe import Recipe
 
 FILES = {
     "README.md",
     "config.json",
+    "figures/quality.png",
+    "figures/transfer.png",
     "generation_config.json",
     "metrics.jsonl",
     "model.safetensors",
@@ -52,7 +56,8 @@ def small(recipe: Recipe | str = "liger", tokens: int = 768) -> dict:
 
 def test_a_run_leaves_a_checkpoint_with_everything_in_it(teacher, tmp_path) -> None:
     result = linearize(teacher, "liger", tmp_path / "out", **small())
-    assert {path.name for path in result.output.iterdir()} == FILES
+    assert set(written_files(result.output)) == FILES
+    assert yaml_io.read(result.output / "recipe.lock.yaml")["files"] == sorted(FILES)
     assert not (tmp_path / "out.partial").exists()
     names = [row["name"] for row in result.results["rows"]]
     assert names == ["teacher", "after surgery", "after transfer", "after finetune"]
@@ -320,4 +325,5 @@ def test_a_push_uploads_the_finished_folder(teacher, tmp_path, monkeypatch) -> N
     assert pushed == [(result.output, "me/model")]
     assert linearize(teacher, "liger", tmp_path / "out", push_to_hub="me/other", **small()).finished_before
     assert pushed[1:] == [(result.output, "me/other")]
-    assert len({path.stat().st_mode for path in result.output.iterdir()}) == 1  # others may read what one may read
+    modes = {path.stat().st_mode for path in result.output.rglob("*") if path.is_file()}
+    assert len(modes) == 1  # others may read what one may read

@@ -9,11 +9,11 @@ All but the metrics take one plain dict, `results` (saved as `results.json`); ke
 * `samples`: `prompt`, `teacher`, `student`.
 * `cache`: `context`, `teacher_bytes`, `student_bytes`, one object per context.
 * `provenance`: nested plain values; `recipe_yaml`: a string.
+* `converted`: false where attention was left as it was; `causal`: false for encoders.
 
 An evaluation (`eval.json`) is another dict: see `evaluation.py`.
 """
 
-import linearize.report.evaluation_figures  # noqa: F401  (enters its figures beside those of a run)
 from linearize.report.card import model_card
 from linearize.report.evaluation import (
     answer_cells,
@@ -27,12 +27,14 @@ from linearize.report.evaluation import (
 from linearize.report.figures import draw_png, draw_svg
 from linearize.report.html import render_html
 from linearize.report.metrics import MetricsWriter, read_metrics, rewind
+from linearize.report.pages import card_is_ours, refresh_pages, write_pages
 from linearize.report.table import cache_cells, quality_cells, rich_table
 
 __all__ = [
     "MetricsWriter",
     "answer_cells",
     "cache_cells",
+    "card_is_ours",
     "compare_cells",
     "draw_png",
     "draw_svg",
@@ -41,10 +43,12 @@ __all__ = [
     "model_card",
     "quality_cells",
     "read_metrics",
+    "refresh_pages",
     "render_html",
     "rewind",
     "rich_table",
     "speed_cells",
     "text_cells",
     "verdicts",
+    "write_pages",
 ]

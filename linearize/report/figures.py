@@ -6,6 +6,7 @@ Text and axes of an SVG take the colour of the text around it (`currentColor`), 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -198,22 +199,45 @@ def quality_figure(results: Results) -> Figure | None:
 
 
 def positions_figure(results: Results) -> Figure | None:
-    """Draw each row's divergence from the teacher by the token's position in its document."""
-    rows = [row for row in results.get("rows", []) if not is_side(row) and row.get("by_position")]
-    rows = [row for row in rows if all(part.get("kl") is not None for part in row["by_position"])]
+    """Draw each row's perplexity, and its divergence from the teacher, by the token's position in its document."""
+    rows = [row for row in results.get("rows", []) if not row.get("control") and row.get("by_position")]
     if not rows or max(len(row["by_position"]) for row in rows) < 2:
         return None
-    figure, (axes,) = panels(1)
-    names = [f"{part['start']}–{part['stop'] - 1}" for part in rows[0]["by_position"]]
-    tints = [*matplotlib.colormaps["Blues"](np.linspace(0.3, 0.5, len(rows) - 1)), STUDENT]
-    for row, tint in zip(rows, tints, strict=True):
-        axes.plot([part["kl"] for part in row["by_position"]], marker="o", color=tint, label=row["name"])
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of the document before it")
-    axes.set_title("KL to the teacher by position (nats a token)")
-    axes.legend(loc="best")
+    final = final_row(results)
+    own = [row for row in rows if not is_side(row) and row is not final]
+    blues = matplotlib.colormaps["Blues"](np.linspace(0.35, 0.6, len(own)))
+    shades = {row["name"]: blue for row, blue in zip(own, blues, strict=True)}
+    measures = [("loss", "Perplexity by position"), ("kl", "KL to the teacher by position (nats a token)")]
+    shown = [(key, title) for key, title in measures if any(known(row, key) for row in rows if not is_side(row))]
+    if not shown:
+        return None
+    figure, panel = panels(len(shown), 3.4)
+    for (key, title), axes in zip(shown, panel, strict=True):
+        values: list[float] = []
+        for row in rows:
+            if not known(row, key) or (key == "kl" and is_side(row)):
+                continue
+            found = [part[key] for part in row["by_position"]]
+            curve = [math.exp(min(value, 100)) for value in found] if key == "loss" else found
+            tint = TEACHER if is_side(row) else STUDENT if row is final else shades[row["name"]]
+            axes.plot(curve, marker="o", markersize=4, color=tint, label=row["name"])
+            values += curve
+        spans = max((row["by_position"] for row in rows), key=len)
+        names = [f"{part['start']}–{part['stop'] - 1}" for part in spans]
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlabel("tokens of the document before it")
+        axes.set_title(title)
+        if key == "loss":
+            log_axis(axes, values)
+        else:
+            axes.set_ylim(bottom=0)
+    figure.legend(*panel[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
+
+
+def known(row: Results, key: str) -> bool:
+    """Tell whether a row has a number at every position."""
+    return bool(row.get("by_position")) and all(part.get(key) is not None for part in row["by_position"])
 
 
 def cache_figure(results: Results) -> Figure | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from linearize.report.evaluation import evaluation_cells, speed_cells, verdicts
 from linearize.report.figures import draw_svg
 from linearize.report.metrics import Record
 from linearize.report.style import CSS
@@ -24,11 +25,14 @@ from linearize.report.table import (
 
 CAPTIONS = {
     "quality": "Every bar is one evaluation on the same held-out rows; grey: teacher and controls. Lower is better.",
-    "positions": "A mixer that forgets shows it at the later positions.",
+    "positions": "On the run's own held-out rows. A mixer that forgets shows it at the later positions.",
     "transfer": "Attention transfer trains each layer alone against the teacher's attention output. Left: running "
     "means. Right: each layer's mean loss in the first and in the last tenth of the stage.",
     "loss": "The loss that each stage minimises; stages do not share a unit.",
-    "cache": "What one sequence keeps in memory while it generates.",
+    "cache": "What one sequence keeps in memory while it generates, worked out from the shapes of the caches.",
+    "perplexity": "Perplexity by position in the document; grey: the teacher, dashed: controls made from the model.",
+    "recall": "Answers found, by the length of the text and how deep in it the answer stands.",
+    "cost": "Measured in eager mode, the same loop for all.",
 }
 
 
@@ -90,6 +94,25 @@ def sample_section(results: Results) -> str:
     return section("Sample", f'<div class="samples">{cards}</div>', "<p class=hint>Greedy; the prompt is grey.</p>")
 
 
+def evaluation_section(evaluation: Results | None) -> str:
+    """Return what `linearize eval` measured: teacher, model and controls side by side, by position, recall, cost."""
+    if evaluation is None:
+        return ""
+    about = evaluation["provenance"]
+    words = f"Suite {evaluation['suite']['name']}, {about['dtype']} on {about['device']}, seed {about['seed']}."
+    speed = speed_cells(evaluation)
+    return section(
+        "Evaluation beside teacher and controls",
+        "".join(f"<p>{escape(sentence)}</p>" for sentence in verdicts(evaluation)),
+        html_table(evaluation_cells(evaluation)),
+        f"<p class=hint>{escape(words)}</p>",
+        figure("perplexity", evaluation),
+        figure("recall", evaluation),
+        f"<h3>Latency and memory against context</h3>{html_table(speed)}" if speed.rows else None,
+        figure("cost", evaluation),
+    )
+
+
 def definitions(values: Mapping[str, Any], prefix: str = "") -> str:
     """Return nested values as rows of a two-column table."""
     rows = ""
@@ -114,12 +137,13 @@ def recipe_section(results: Results) -> str:
     return section("Recipe", f"<pre>{escape(text.strip())}</pre>") if text else ""
 
 
-def render_html(results: Results, records: list[Record] | None = None) -> str:
+def render_html(results: Results, records: list[Record] | None = None, evaluation: Results | None = None) -> str:
     """Return the report as one HTML page.
 
     Args:
         results: what `results.json` holds; sections whose keys are absent are left out.
         records: of `metrics.jsonl`, for the training curves.
+        evaluation: what `eval.json` holds; None where there is none.
     """
     records = records or []
     title = " → ".join(str(results[key]) for key in ("model", "recipe") if results.get(key)) or "linearize"
@@ -133,6 +157,7 @@ def render_html(results: Results, records: list[Record] | None = None) -> str:
             figure("quality", results),
             figure("positions", results),
         ),
+        evaluation_section(evaluation),
         section("Training", *curves),
         sample_section(results),
         section("Memory", html_table(cache_cells(results)) if results.get("cache") else None, figure("cache", results)),

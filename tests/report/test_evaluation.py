@@ -6,63 +6,6 @@ from linearize.report import compare_cells, draw_png, draw_svg, evaluation_cells
 from linearize.report.evaluation_figures import recall_grid
 
 
-@pytest.fixture
-def evaluation():
-    def text(loss):
-        spans = [(1, 64), (64, 128), (128, 256)]
-        parts = [
-            {"start": a, "stop": b, "tokens": 9, "loss": loss + 0.1 * i, "kl": 0.1} for i, (a, b) in enumerate(spans)
-        ]
-        return {
-            "loss": loss,
-            "kl": loss / 10,
-            "top1": 0.5,
-            "by_position": parts,
-            "row_losses": [[10, loss], [30, loss]],
-        }
-
-    def recall(accuracy):
-        depths = [{"start": i / 5, "stop": (i + 1) / 5, "samples": 4, "accuracy": accuracy} for i in range(5)]
-        return [
-            {"task": "passkey", "length": n, "accuracy": accuracy, "low": 0.2, "high": 0.9, "by_depth": list(depths)}
-            for n in (512, 1024)
-        ]
-
-    def speed(seconds):
-        full = {"first_token": seconds, "prefill": 1e4, "decode": 50.0, "cache_bytes": 2**20, "peak_bytes": 2**30}
-        empty = dict.fromkeys(full)
-        return [
-            {"context": 1024, "batch": 1, "note": "", **full},
-            {"context": 65536, "batch": 1, "note": "out of memory", **empty},
-        ]
-
-    models = [
-        {"name": "teacher", "role": "teacher", "text": {"book": text(2.0)}, "recall": recall(1.0), "speed": speed(0.5)},
-        {
-            "name": "mine",
-            "role": "student",
-            "text": {"book": text(2.5)},
-            "recall": recall(0.6),
-            "speed": speed(0.2),
-            "zero_shot": [{"task": "hellaswag", "metric": "acc_norm", "score": 0.412, "stderr": 0.005}],
-        },
-        {"name": "memory zeroed", "role": "control", "text": {"book": text(2.6)}, "recall": recall(0.1)},
-        {"name": "softmax", "role": "control", "text": {"book": text(2.2)}, "trained": True, "recipe": "c/s"},
-    ]
-    return {
-        "name": "mine",
-        "texts": [{"name": "book"}],
-        "models": models,
-        "window": 64,
-        "trained_length": 128,
-        "cache": [{"context": 8192, "teacher_bytes": 1000, "student_bytes": 55}],
-        "differences": [
-            {"name": "memory zeroed", "text": {"book": {"nats": 0.1, "stderr": 0.01}}, "answers": {"passkey 512": 0.5}},
-            {"name": "softmax", "text": {"book": {"nats": -0.3, "stderr": 0.02}}, "answers": {}},
-        ],
-    }
-
-
 def rows(cells):
     return {row[0]: row[1:] for row in cells.rows}
 

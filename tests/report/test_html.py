@@ -53,8 +53,21 @@ def test_all_sections_and_figures_are_there(results, records):
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     assert titles == ["Quality", "Training", "Sample", "Memory", "Recipe", "Provenance"]
     assert text.count("<svg") == 5
+    assert text.count(">Perplexity by position</text>") == 1
     assert "some/teacher → liger" in text
-    assert "versions.torch" in text
+    assert "packages.torch" in text
+
+
+def test_an_evaluation_has_its_section_with_controls_positions_and_cost(results, records, evaluation):
+    text = render_html(results, records, evaluation)
+    titles = re.findall(r"<h2>(.*?)</h2>", text)
+    assert titles[:3] == ["Quality", "Evaluation beside teacher and controls", "Training"]
+    assert text.count("<svg") == 8
+    for words in ("memory zeroed", "passkey 1024", "Decode (tokens/s, all rows)", "out of memory", "it helps"):
+        assert words in text
+    for model in evaluation["models"]:
+        model.pop("speed", None)
+    assert "Latency" not in render_html(results, records, evaluation)
 
 
 def test_text_from_models_is_escaped(results):

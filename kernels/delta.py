@@ -1,7 +1,8 @@
 """The gated delta rule on grouped KV heads: DeltaNet, Gated DeltaNet, KDA, and DeltaNet with negative eigenvalues.
 
-Legend: B batch, T tokens, H query heads, G KV heads (H = G * R), K key dim, V value dim, C chunk, N chunks.
-Layout [B, T, heads, dim]. The state lives per KV head; k, v, beta and gates are never repeated to the query heads.
+Legend: B batch, T tokens, H query heads, G key heads, J value heads, K key dim, V value dim, C chunk, N chunks. Either
+H = G * R and J = G (grouped queries), or J = G * R and H = G (grouped values, as in Qwen3-Next).
+Layout [B, T, heads, dim]. The state lives per value head, and so do beta and gates; the Triton kernels repeat nothing.
 
 Chunked (WY) form. With w_t = beta_t (v_t - k_t^T diag(exp g_t) S_{t-1}) the rule is gated linear attention with w for
 v. In a chunk, w solves the unit lower triangular system (I + L) w = beta (v - (k exp gc) S), with
@@ -18,7 +19,6 @@ from linearize.kernels.backend import select
 from linearize.kernels.gated_linear import (
     CHUNK,
     LinearOutput,
-    _check_shapes,
     _scores,
     _sum_after,
     starts_of,
@@ -47,24 +47,22 @@ def gated_delta_rule(
     Args:
         q: queries [B, T, H, K], any strides.
         k: keys [B, T, G, K], H a multiple of G. The rule is stable for unit keys: see `l2norm`.
-        v: values [B, T, G, V].
-        beta: write strength b [B, T, G], in [0, 1], or [0, 2] for negative eigenvalues.
-        log_decay: g in (-inf, 0]: None, [G], [B, T, G] or [B, T, G, K].
+        v: values [B, T, J, V], J = G; or H = G and J a multiple of it: value head j reads q and k of head j G // J.
+        beta: write strength b [B, T, J], in [0, 1], or [0, 2] for negative eigenvalues.
+        log_decay: g in (-inf, 0]: None, [J], [B, T, J] or [B, T, J, K].
         scale: factor on the outputs.
         starts: int [B, T], first visible token of each token, as in `gated_linear_attention`.
         cu_seqlens: cumulative document lengths [N + 1] as the alternative to `starts` where B is 1.
-        initial_state: [B, G, K, V] in fp32, zeros by default.
+        initial_state: [B, J, K, V] in fp32, zeros by default.
         l2norm: scale q and k to unit length first.
 
     Returns:
-        Outputs [B, T, H, V] in v's dtype and final state [B, G, K, V] in fp32; no normalizer.
+        Outputs [B, T, max(H, J), V] in v's dtype and final state [B, J, K, V] in fp32; no normalizer.
 
     Raises:
         ValueError: shapes do not fit together.
     """
-    _check_shapes(q, k, v, log_decay)
-    if beta.shape != k.shape[:3]:
-        raise ValueError(f"beta has shape {tuple(beta.shape)}; expected {tuple(k.shape[:3])}.")
+    _check_delta(q, k, v, beta, log_decay)
     starts = starts_of(starts, cu_seqlens, q)
     backend = select("delta", q)
     if backend == "triton":
@@ -102,24 +100,26 @@ def gated_delta_step(
     Args:
         q: [B, H, K].
         k: [B, G, K].
-        v: [B, G, V].
-        beta: [B, G].
-        log_decay: None, [G], [B, G] or [B, G, K].
-        state: [B, G, K, V] in fp32.
+        v: [B, J, V].
+        beta: [B, J].
+        log_decay: None, [J], [B, J] or [B, J, K].
+        state: [B, J, K, V] in fp32.
         scale: factor on the output.
         l2norm: scale q and k to unit length first.
 
     Returns:
-        o [B, H, V] in v's dtype.
+        o [B, max(H, J), V] in v's dtype.
     """
     if select("step", q) == "triton":
         from linearize.kernels.step_triton import gated_delta_step_triton
 
         return gated_delta_step_triton(q, k, v, beta, log_decay, state, scale, L2_EPS if l2norm else 0.0)
-    batch, heads, key_dim = q.shape
-    groups = k.shape[1]
     if l2norm:
         q, k = _unit(q), _unit(k)
+    groups = v.shape[1]
+    if groups > k.shape[1]:
+        q, k = (x.repeat_interleave(groups // k.shape[1], 1) for x in (q, k))
+    batch, heads, key_dim = q.shape
     if log_decay is not None:
         decay = log_decay.float().exp()
         state.mul_(decay[..., None] if decay.dim() == 3 else decay[..., None, None])
@@ -151,13 +151,13 @@ def delta_product(
     Args:
         q: queries [B, T, H, K].
         k: keys [B, T, n, G, K], H a multiple of G.
-        v: values [B, T, n, G, V].
-        beta: write strengths [B, T, n, G], in [0, 1], or [0, 2] for reflections.
-        log_decay: None, [G], [B, T, G] or [B, T, G, K].
+        v: values [B, T, n, J, V], J as in `gated_delta_rule`.
+        beta: write strengths [B, T, n, J], in [0, 1], or [0, 2] for reflections.
+        log_decay: None, [J], [B, T, J] or [B, T, J, K].
         scale: factor on the outputs.
         starts: int [B, T], as in `gated_delta_rule`.
         cu_seqlens: cumulative document lengths [N + 1] in tokens as the alternative to `starts` where B is 1.
-        initial_state: [B, G, K, V] in fp32.
+        initial_state: [B, J, K, V] in fp32.
         l2norm: scale q and k to unit length first.
 
     Returns:
@@ -166,12 +166,12 @@ def delta_product(
     Raises:
         ValueError: shapes do not fit together.
     """
-    if k.dim() != 5 or k.shape[2] == 0 or beta.shape != k.shape[:-1] or v.shape[:-1] != k.shape[:-1]:
+    if k.dim() != 5 or k.shape[2] == 0 or beta.shape != v.shape[:-1] or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"k {tuple(k.shape)}, v {tuple(v.shape)}, beta {tuple(beta.shape)} do not fit: expected k [B, T, n, G, K], "
-            "v [B, T, n, G, V] and beta [B, T, n, G], n at least 1."
+            "v [B, T, n, J, V] and beta [B, T, n, J], n at least 1."
         )
-    batch, length, steps, groups, _ = k.shape
+    batch, length, steps, groups, _ = v.shape
     if q.shape[:2] != (batch, length):
         raise ValueError(f"q has shape {tuple(q.shape)}; expected {batch} rows of {length} tokens, as k.")
     starts = starts_of(starts, cu_seqlens, q)
@@ -211,20 +211,36 @@ def delta_product_step(
     Args:
         q: [B, H, K].
         k: [B, n, G, K].
-        v: [B, n, G, V].
-        beta: [B, n, G].
-        log_decay: None, [G], [B, G] or [B, G, K].
-        state: [B, G, K, V] in fp32.
+        v: [B, n, J, V].
+        beta: [B, n, J].
+        log_decay: None, [J], [B, J] or [B, J, K].
+        state: [B, J, K, V] in fp32.
         scale: factor on the output.
         l2norm: scale q and k to unit length first.
 
     Returns:
-        o [B, H, V] in v's dtype.
+        o [B, max(H, J), V] in v's dtype.
     """
     for step in range(k.shape[1]):
         decay = log_decay if step == 0 else None
         out = gated_delta_step(q, k[:, step], v[:, step], beta[:, step], decay, state, scale=scale, l2norm=l2norm)
     return out
+
+
+def _check_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None) -> None:
+    batch, length, heads, key_dim = q.shape
+    keys, values = k.shape[2], v.shape[2]
+    grouped = heads % keys == 0 if values == keys else heads == keys and values % keys == 0
+    if not grouped or k.shape != (batch, length, keys, key_dim) or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: expected q [B, T, H, K], "
+            "k [B, T, G, K], v [B, T, J, V] with J = G and H a multiple of G, or H = G and J a multiple of G."
+        )
+    if beta.shape != v.shape[:3]:
+        raise ValueError(f"beta has shape {tuple(beta.shape)}; expected {tuple(v.shape[:3])}.")
+    shapes = ((values,), (batch, length, values), (batch, length, values, key_dim))
+    if log_decay is not None and tuple(log_decay.shape) not in shapes:
+        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}; expected one of {shapes}.")
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -244,8 +260,10 @@ def _delta_chunked(
     initial_state: Tensor | None,
 ) -> LinearOutput:
     """WY form in PyTorch: O(T) memory, differentiable, all exponents at most zero."""
+    groups = v.shape[2]
+    if groups > k.shape[2]:  # each value head decays its keys for itself
+        q, k = (x.repeat_interleave(groups // k.shape[2], 2) for x in (q, k))
     batch, length, heads, _ = q.shape
-    groups = k.shape[2]
     chunks = -(-length // CHUNK)
     pad = chunks * CHUNK - length
 

@@ -1,7 +1,8 @@
 """Triton kernels of the gated delta rule on grouped KV heads, forward and backward.
 
-Legend: B batch, T tokens, H query heads, G KV heads, K key dim, V value dim, C chunk, N chunks. S_n [K, V] is the state
-before chunk n, gc_i the sum of a chunk's gates up to and including token i, D the diagonal matrix of the chunk's beta.
+Legend: B batch, T tokens, H query heads, G value heads, K key dim, V value dim, C chunk, N chunks. S_n [K, V] is the
+state before chunk n, gc_i the sum of a chunk's gates up to and including token i, D the diagonal matrix of the chunk's
+beta.
 
 With w_t = beta_t y_t and y_t = v_t - k_t^T diag(exp g_t) S_{t-1} the rule is gated linear attention with w for v, and
 the kernels of `gated_linear_triton` serve all that is not the rule's own. In a chunk
@@ -14,6 +15,9 @@ chunks of a [K, BV] tile of the state and writes S_n, y and w; then `_outputs`. 
 is kept), `_value_grads` for what the outputs bring to w and to the states, `_delta_state_grads` back over the chunks,
 with dv = D (I - Z^T D) dw, and `_key_grads`, where the rule's reading of its state is one more query head: the keys,
 strictly causal, with -dv as the gradient of their outputs. No atomics: two runs are equal to the bit.
+
+With more value heads than key heads, each value head has a state of its own; a program finds its head of q and k by
+division with SHARE, the number of value heads that read it, and the gradients of q and k are summed over these.
 
 Gates enter the walks as factors that `_solve` stores: `reach` exp(gc), `rest` exp(the gates after a token), `carry` the
 decay of the whole chunk, each 0 where documents hide the state. With a gate a key channel, keys with these factors are
@@ -58,12 +62,14 @@ def _solve(
     k, v, beta, gate, starts, z, w, u, reach, rest, carry, reads, writes, totals,
     T, G, N,
     k_b, k_t, k_h, v_b, v_t, v_h, b_b, b_t, b_h, g_b, g_t, g_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, LIMIT: tl.constexpr,
     DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     n, i_bg = tl.program_id(0), tl.program_id(1)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
+    h_k = h // SHARE
     c = tl.arange(0, C)
     ks = tl.arange(0, BK)
     in_k = ks < K
@@ -85,7 +91,7 @@ def _solve(
             tl.store(totals + slot * K + ks, total, mask=in_k)
         if (tl.min(total) < -2.0 * LIMIT) != STEEP:
             return
-    k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
+    k_C = tl.load(k + b * k_b + h_k * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
     k_f = k_C.to(tl.float32)
     b_C = tl.load(beta + b * b_b + h * b_h + at * b_t + c * b_t, mask=in_t, other=0.0).to(tl.float32)
     later = c[:, None] > c[None, :]
@@ -130,9 +136,9 @@ def _solve(
             i_T, t_T = c[None, :], c[:, None]
             g_T = tl.load(p + c[None, :] * g_t + ks[:, None], mask=in_Tk, other=0.0).to(tl.float32)
             g_T = tl.maximum(g_T, -100.0)
-            k_T = tl.load(k + b * k_b + h * k_h + at * k_t + c[None, :] * k_t + ks[:, None], mask=in_Tk, other=0.0).to(
-                tl.float32
-            )
+            k_T = tl.load(
+                k + b * k_b + h_k * k_h + at * k_t + c[None, :] * k_t + ks[:, None], mask=in_Tk, other=0.0
+            ).to(tl.float32)
             x, level = _safe_block(g_C, i, t_, GDT, LIMIT)
             block = (i >> level) == (t_ >> level)
             k_xT = _cast(k_T * tl.exp(-_safe_block_T(g_T, i_T, t_T, level, GDT)), DT, HALF)
@@ -160,7 +166,7 @@ def _solve(
     tl.store(z + rows[:, None] * C + c[None, :], inverse.to(z.dtype.element_ty))
     z_C = _cast(inverse * b_C[None, :], DT, HALF)
     if GATE < 2:  # loaded anew: its registers served the products above
-        k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
+        k_C = tl.load(k + b * k_b + h_k * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
         k_r = k_C.to(tl.float32) * sees[:, None]
     k_r -= tl.dot(z_C, _cast(k_r, DT, HALF), input_precision=PREC)
     tl.store(w + rows[:, None] * K + ks[None, :], k_r.to(w.dtype.element_ty), mask=in_k[None, :] & (c >= 0)[:, None])
@@ -180,12 +186,13 @@ def _delta_states(
     k, beta, w, u, rest, carry, state_0, states, y, values, state_T,
     T, G, N,
     k_b, k_t, k_h, b_b, b_t, b_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     VECTOR: tl.constexpr, INIT: tl.constexpr, FINAL: tl.constexpr,
     DT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_v, i_bg = tl.program_id(0), tl.program_id(1)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
+    h_k = h // SHARE
     c = tl.arange(0, C)
     ks = tl.arange(0, BK)
     vs = i_v * BV + tl.arange(0, BV)
@@ -197,7 +204,7 @@ def _delta_states(
     state = tl.zeros([BK, BV], tl.float32)
     if INIT:
         state = tl.load(state_0 + row * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
-    k += b * k_b + h * k_h
+    k += b * k_b + h_k * k_h
     beta += b * b_b + h * b_h
     for n in range(0, N):
         slot = row * N + n
@@ -230,12 +237,13 @@ def _delta_state_grads(
     k, reads, beta, z, y, reach, rest, carry, parts, dw, d_state_T, d_states, dv, d_beta, d_state_0,
     T, G, N, d_beta_part,
     k_b, k_t, k_h, r_b, r_t, r_h, b_b, b_t, b_h,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     VECTOR: tl.constexpr, INIT: tl.constexpr, FINAL: tl.constexpr,
     DT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_v, i_bg = tl.program_id(0), tl.program_id(1)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
+    h_k = h // SHARE
     c = tl.arange(0, C)
     ks = tl.arange(0, BK)
     vs = i_v * BV + tl.arange(0, BV)
@@ -246,8 +254,8 @@ def _delta_state_grads(
     grad = tl.zeros([BK, BV], tl.float32)
     if FINAL:
         grad = tl.load(d_state_T + row * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
-    k += b * k_b + h * k_h
-    reads += b * r_b + h * r_h
+    k += b * k_b + h_k * k_h
+    reads += b * r_b + h_k * r_h
     beta += b * b_b + h * b_h
     for back in range(0, N):
         n = N - 1 - back
@@ -292,7 +300,7 @@ def _delta_state_grads(
 @triton.jit(do_not_specialize=["M", "T", "H"])
 def _unit(
     x, dy, y, M, T, H, eps, x_b, x_t, x_h, d_b, d_t, d_h,
-    K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, GRAD: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     h, t, b = m % H, (m // H) % T, m // H // T
@@ -303,19 +311,24 @@ def _unit(
     scale = tl.rsqrt(tl.sum(x_M * x_M, 1) + eps)[:, None]
     out = x_M * scale
     if GRAD:
-        at = (b * d_b + t * d_t + h * d_h)[:, None] + ks[None, :]
-        dy_M = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        at = (b * d_b + t * d_t + h * SHARE * d_h)[:, None] + ks[None, :]
+        dy_M = tl.zeros([ROWS, BK], tl.float32)
+        for s in tl.static_range(SHARE):
+            dy_M += tl.load(dy + s * d_h + at, mask=inside, other=0.0).to(tl.float32)
         out = (dy_M - out * tl.sum(out * dy_M, 1)[:, None]) * scale
     tl.store(y + m[:, None] * K + ks[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
 def _unit_launch(x: Tensor, dy: Tensor | None, eps: float) -> tuple[Launch, Tensor]:
-    """The launch that scales the rows of x [B, T, H, K] to unit length, or takes dy back through it; and its result."""
+    """The launch that scales the rows of x [B, T, H, K] to unit length, or takes dy back through it; and its result.
+
+    dy may have more heads: those that one head of x was read for are summed.
+    """
     B, T, H, K = x.shape
     y = x.new_empty(x.shape)
-    given = (0, 0, 0) if dy is None else dy.stride()[:3]
+    given, share = ((0, 0, 0), 1) if dy is None else (dy.stride()[:3], dy.shape[2] // H)
     args = (x, dy, y, B * T * H, T, H, eps, *x.stride()[:3], *given)
-    constants = {"K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None}
+    constants = {"K": K, "BK": max(16, triton.next_power_of_2(K)), "ROWS": ROWS, "GRAD": dy is not None, "SHARE": share}
     return Launch(_unit, (-(-B * T * H // ROWS), 1, 1), args, constants, {}, warps=4, stages=1), y
 
 
@@ -344,6 +357,10 @@ class DeltaCall(Call):
         self.given = self.v
         self.given_strides = self.strides[2]
         self.vector = self.constants["GATE"] == 2
+        self.share = self.constants["SHARE"]
+        self.key_share = (
+            1 if self.vector else self.share
+        )  # with a gate a key channel, the walks read a state's own keys
         self.constants |= {"DELTA": True, "VECTOR": self.vector}
         self.v = self.rows(self.V)
         self.strides[2] = self.v.stride()[:3]
@@ -384,7 +401,8 @@ class DeltaCall(Call):
             *keys.stride()[:3], *b_s,
         )  # fmt: skip
         grid = (-(-self.V // tile.value), pairs, 1)
-        launches.append(self.launch(_delta_states, grid, tile, args, BK=tile.key, BV=tile.value, FINAL=final))
+        shape = {"BK": tile.key, "BV": tile.value, "SHARE": self.key_share}
+        launches.append(self.launch(_delta_states, grid, tile, args, FINAL=final, **shape))
         return launches, states, totals, last
 
     def forward(self) -> tuple[list[Launch], tuple[Tensor, Tensor]]:
@@ -412,11 +430,11 @@ class DeltaCall(Call):
             *self.beta.stride(),
         )  # fmt: skip
         given = d_state is not None
-        shape = {"BK": tile.key, "BV": tile.value, "FINAL": given}
+        shape = {"BK": tile.key, "BV": tile.value, "FINAL": given, "SHARE": self.key_share}
         launches.append(self.launch(_delta_state_grads, (columns, self.B * self.G, 1), tile, args, **shape))
         # What a unit key's gradient holds along the key falls away: round after that.
-        precise = torch.float32 if self.eps > 0 else None
-        more, (dq, dk, dg) = self.key_grads(do, None, (states, None, totals), d_states, None, dv, precise)
+        dtypes = (torch.float32 if self.share > 1 else None, torch.float32 if self.eps > 0 or self.share > 1 else None)
+        more, (dq, dk, dg) = self.key_grads(do, None, (states, None, totals), d_states, None, dv, *dtypes)
         if self.eps > 0:
             last = [_unit_launch(x, grad, self.eps) for x, grad in zip(self.raw, (dq, dk), strict=True)]
             more, (dq, dk) = [*more, *(launch for launch, _ in last)], (grad for _, grad in last)
@@ -447,24 +465,33 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     given = _prepared(q, k, v, beta, log_decay, starts, initial_state)
     if do is None:
-        do = v.new_zeros((*q.shape[:3], v.shape[-1]))
+        do = v.new_zeros(_sizes(q, v)[0])
     grads = contiguous(do, d_state)
     name = ("gated_delta_grad", scale, eps)
     dq, dk, dv, d_beta, dg, ds_0 = play(
         name, (*given, *grads), lambda: DeltaCall(*given, scale, eps).backward(*grads)
     )  # fmt: skip
+    dq, dk = (
+        x if x.shape == y.shape else x.unflatten(2, (y.shape[2], -1)).sum(3).to(y.dtype) for x, y in ((dq, q), (dk, k))
+    )
     return dq, dk, dv, d_beta.sum(0).to(beta.dtype), gate_grad(dg, log_decay), ds_0
 
 
+def _sizes(q, v):
+    """Sizes of the outputs, a row for each query head or each value head, and of the state."""
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    return (B, T, max(H, G), V), (B, G, K, V)
+
+
 def _fake(q, k, v, beta, log_decay, starts, initial_state, scale, eps):
-    state = q.new_empty((q.shape[0], k.shape[2], q.shape[-1], v.shape[-1]), dtype=torch.float32)
-    return v.new_empty((*q.shape[:3], v.shape[-1])), state
+    o, state = _sizes(q, v)
+    return v.new_empty(o), q.new_empty(state, dtype=torch.float32)
 
 
 def _fake_grad(do, d_state, q, k, v, beta, log_decay, starts, initial_state, scale, eps):
     dg = q.new_empty((0,)) if log_decay is None else log_decay.new_empty(log_decay.shape)
-    size = (0,) if initial_state is None else (q.shape[0], k.shape[2], q.shape[-1], v.shape[-1])
-    ds_0 = q.new_empty(size, dtype=torch.float32)
+    ds_0 = q.new_empty((0,) if initial_state is None else _sizes(q, v)[1], dtype=torch.float32)
     return *(x.new_empty(x.shape) for x in (q, k, v, beta)), dg, ds_0
 
 
@@ -492,5 +519,5 @@ def gated_delta_triton(
     With `eps` above 0, rows of q and k are scaled to unit length first, by `(x x + eps)^-1/2`.
     """
     if log_decay is not None and log_decay.dim() == 1:
-        log_decay = log_decay.float().expand(*k.shape[:3])
+        log_decay = log_decay.float().expand(*v.shape[:3])
     return _op(q, k, v, beta, log_decay, starts, initial_state, scale, eps)

@@ -147,7 +147,7 @@ def _value_grads(
     q, k, gate, starts, do, d_states, totals, dv, parts,
     T, G, N, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h,
-    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, DELTA: tl.constexpr, LIMIT: tl.constexpr,
     DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
@@ -155,6 +155,7 @@ def _value_grads(
     # DELTA: without the part that d_states brings, whose first summands go to `parts` (see `delta_triton`).
     n, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
+    h_k = h // SHARE
     H = G * R
     c = tl.arange(0, C)
     ks = tl.arange(0, BK)
@@ -171,7 +172,7 @@ def _value_grads(
     in_t = t < T
     in_tk = in_t[:, None] & in_k[None, :]
     in_tv = in_t[:, None] & in_v[None, :]
-    k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
+    k_C = tl.load(k + b * k_b + h_k * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
     tile = slot * K * V + ks[:, None] * V + vs[None, :]
     in_tile = in_k[:, None] & in_v[None, :]
     if DELTA:
@@ -186,7 +187,7 @@ def _value_grads(
         sees = first < begin
         visible_T = visible_T & (first[None, :] <= t[:, None])
         write = in_t & (t >= tl.load(starts + b * T + tl.minimum(begin + C, T) - 1))
-    q += b * q_b + h * R * q_h + at * q_t
+    q += b * q_b + h_k * R * q_h + at * q_t
     rows = (b * T + t) * H + h * R
     out = dv + ((b * T + t) * G + h)[:, None] * V + vs[None, :]
     if GATE < 2:
@@ -294,13 +295,14 @@ def _key_grads(
     q, k, v, gate, starts, do, d_sums, states, norms, d_states, d_norms, totals, dv, dq, dk, dg,
     T, G, N, scale, dg_part,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, NORM: tl.constexpr, DELTA: tl.constexpr,
     LIMIT: tl.constexpr, DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     i_k, n, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
+    h_k = h // SHARE
     H = G * R
     c = tl.arange(0, C)
     ks = i_k * BK + tl.arange(0, BK)
@@ -317,7 +319,7 @@ def _key_grads(
     in_t = t < T
     in_tk = in_t[:, None] & in_k[None, :]
     in_tv = in_t[:, None] & in_v[None, :]
-    k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
+    k_C = tl.load(k + b * k_b + h_k * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
     v_C = tl.load(v + b * v_b + h * v_h + at * v_t + c[:, None] * v_t + vs[None, :], mask=in_tv, other=0.0)
     v_C = _cast(v_C, DT, HALF)
     tile = slot * K * V + ks[:, None] * V + vs[None, :]
@@ -340,7 +342,7 @@ def _key_grads(
         end = tl.load(starts + b * T + tl.minimum(begin + C, T) - 1)
         write = in_t & (t >= end)
         keep = end < begin
-    q += b * q_b + h * R * q_h + at * q_t
+    q += b * q_b + h_k * R * q_h + at * q_t
     rows = (b * T + t) * H + h * R
     out_row = (b * T + t) * G + h
     dk += out_row[:, None] * K + ks[None, :]

@@ -143,13 +143,14 @@ def _outputs(
     q, k, v, gate, starts, states, norms, totals, o, sums,
     T, G, N, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h,
-    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
+    R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LOG_C: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, STEEP: tl.constexpr, STARTS: tl.constexpr, NORM: tl.constexpr, LIMIT: tl.constexpr,
     DT: tl.constexpr, GDT: tl.constexpr, HALF: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     n, i_v, i_bg = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (i_bg // G).to(tl.int64), i_bg % G
+    h_k = h // SHARE
     H = G * R
     c = tl.arange(0, C)
     ks = tl.arange(0, BK)
@@ -166,7 +167,7 @@ def _outputs(
     in_t = t < T
     in_tk = in_t[:, None] & in_k[None, :]
     in_tv = in_t[:, None] & in_v[None, :]
-    k_C = tl.load(k + b * k_b + h * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
+    k_C = tl.load(k + b * k_b + h_k * k_h + at * k_t + c[:, None] * k_t + ks[None, :], mask=in_tk, other=0.0)
     v_C = tl.load(v + b * v_b + h * v_h + at * v_t + c[:, None] * v_t + vs[None, :], mask=in_tv, other=0.0)
     v_C = _cast(v_C, DT, HALF)
     state = tl.load(
@@ -192,7 +193,7 @@ def _outputs(
         weight = tl.where(visible, scale, 0.0)
     if STARTS and GATE < 2:
         reach = tl.where(sees, reach, 0.0)
-    q += b * q_b + h * R * q_h + at * q_t
+    q += b * q_b + h_k * R * q_h + at * q_t
     rows = (b * T + t) * H + h * R
     if GATE < 2:
         k_d = _cast(k_C, DT, HALF)
@@ -236,7 +237,7 @@ def _outputs(
             )
             g_T = tl.maximum(g_T.to(tl.float32), -100.0)
             k_T = tl.load(
-                k + b * k_b + h * k_h + at * k_t + c[None, :] * k_t + ks[:, None],
+                k + b * k_b + h_k * k_h + at * k_t + c[None, :] * k_t + ks[:, None],
                 mask=in_t[None, :] & in_k[:, None],
                 other=0.0,
             ).to(tl.float32)

@@ -51,8 +51,9 @@ class Call:
         initial_state: Tensor | None, initial_norm: Tensor | None, scale: float, with_normalizer: bool,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.gate, self.starts = q, k, v, log_decay, starts
-        self.B, self.T, self.H, self.K = q.shape
-        self.G, self.V = k.shape[2], v.shape[-1]
+        self.B, self.T, heads, self.K = q.shape
+        self.G, self.V = v.shape[2:]  # value heads: the states; where there are more than keys, each has one query
+        self.H = max(heads, self.G)
         self.R = self.H // self.G
         self.scale, self.norm = scale, with_normalizer
         mode = _gate_mode(log_decay)
@@ -75,6 +76,7 @@ class Call:
             "DELTA": False,
             "INIT": initial_state is not None,
             "R": self.R,
+            "SHARE": self.G // k.shape[2],
             "K": self.K,
             "V": self.V,
             "C": tiles.chunk,
@@ -195,12 +197,16 @@ class Call:
 
     def key_grads(
         self, do: Tensor, d_sums: Tensor | None, before: Sequence[Tensor | None], d_states: Tensor,
-        d_norms: Tensor | None, dv: Tensor | None = None, key_dtype: torch.dtype | None = None,
+        d_norms: Tensor | None, dv: Tensor | None = None, query_dtype: torch.dtype | None = None,
+        key_dtype: torch.dtype | None = None,
     ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
         """The launches of `_key_grads`, and the gradients of q, k and gates (in parts); dv for the delta rule."""
         tile = self.tiles.key_grads
         blocks = _blocks(self.K, tile.key)
-        dq, dk = self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape, dtype=key_dtype)
+        dq, dk = (
+            x.new_empty((self.B, self.T, heads, self.K), dtype=dtype)
+            for x, heads, dtype in ((self.q, self.H, query_dtype), (self.k, self.G, key_dtype))
+        )
         if self.gate is None:
             dg = self.q.new_empty((0,))
         elif self.gate.dim() == 4:

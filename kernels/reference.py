@@ -175,19 +175,22 @@ def gated_delta_reference(
     Args:
         q: [B, T, H, K].
         k: [B, T, G, K].
-        v: [B, T, G, V].
-        beta: [B, T, G].
-        log_decay: None, [G], [B, T, G] or [B, T, G, K].
+        v: [B, T, G, V], or [B, T, J, V] with J a multiple of G and H = G: value head j reads q and k of head j G // J.
+        beta: [B, T, J].
+        log_decay: None, [J], [B, T, J] or [B, T, J, K].
         scale: factor on the outputs.
         starts: [B, T], first visible token of each token, as in `gated_linear_reference`.
-        initial_state: [B, G, K, V].
+        initial_state: [B, J, K, V].
 
     Returns:
-        o [B, T, H, V] and state [B, G, K, V], fp64.
+        o [B, T, max(H, J), V] and state [B, J, K, V], fp64.
     """
     q, k, v, beta = q.double(), k.double(), v.double(), beta.double()
-    batch, length, heads, key_dim = q.shape
-    groups, value_dim = k.shape[2], v.shape[-1]
+    batch, length, _, key_dim = q.shape
+    share, (groups, value_dim) = v.shape[2] // k.shape[2], v.shape[2:]
+    if share > 1:
+        q, k = q.repeat_interleave(share, 2), k.repeat_interleave(share, 2)
+    heads = q.shape[2]
     g = (q.new_zeros(groups) if log_decay is None else log_decay).double()
     if g.dim() == 1:
         g = g.expand(batch, length, groups)

@@ -1,7 +1,7 @@
 """One decode step of window attention, of gated linear or delta-rule memory, or of both, in one launch.
 
-Legend: B batch, H query heads, G KV heads, R = H // G, K key dim of the window, KM of the memory, V value dim, W ring
-slots, S sinks, N block of slots.
+Legend: B batch, H query heads, G KV heads (value heads, where the delta rule has more of them), R = H // G, K key dim
+of the window, KM of the memory, V value dim, W ring slots, S sinks, N block of slots.
 Programs of one KV head share nothing: some own a block of the state's value columns, read it once, update it in place
 and read it out for the R query heads; one more walks the ring. All sizes are known without a sync, so that the launch
 can be captured in a CUDA graph.
@@ -33,8 +33,8 @@ def _step(
     G, W, S, scale_w, scale_m, eps,
     q_w_b, q_w_h, k_w_b, k_w_h, v_w_b, v_w_h, k_r_b, k_r_s, k_r_h, v_r_b, v_r_s, v_r_h,
     k_s_b, k_s_s, k_s_h, v_s_b, v_s_s, v_s_h, q_m_b, q_m_h, k_m_b, k_m_h, v_m_b, v_m_h, g_b, g_h, b_b, b_h,
-    R: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KM: tl.constexpr, BKM: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, NV: tl.constexpr,
+    R: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, KM: tl.constexpr, BKM: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     FULL_V: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     MEMORY: tl.constexpr, WINDOW: tl.constexpr, WRITE: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr,
     NORM: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, PREC: tl.constexpr,
@@ -50,7 +50,7 @@ def _step(
             tile = pair.to(tl.int64) * KM * V + ks[:, None] * V + vs[None, :]
             in_tile = in_k[:, None] & in_v[None, :]
             s = tl.load(state + tile, mask=in_tile, other=0.0)
-            key = tl.load(k_m + b * k_m_b + g * k_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+            key = tl.load(k_m + b * k_m_b + g // SHARE * k_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
             value = tl.load(v_m + b * v_m_b + g * v_m_h + vs, mask=in_v, other=0.0).to(tl.float32)
             decay = tl.full([BKM], 1.0, tl.float32)
             if GATE == 1:
@@ -66,7 +66,7 @@ def _step(
             s += key[:, None] * value[None, :]
             tl.store(state + tile, s, mask=in_tile)
             for r in tl.static_range(R):
-                q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+                q = tl.load(q_m + b * q_m_b + (g // SHARE * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
                 if UNIT:
                     q *= tl.rsqrt(tl.sum(q * q) + eps)
                 q *= scale_m
@@ -179,11 +179,11 @@ def _one_launch(
 ):  # fmt: skip
     """The launch of a step, and its outputs."""
     q = q_m if q_w is None else q_w
-    keys = k_m if k_ring is None else k_ring
     values = v_m if v_ring is None else v_ring
     B, H, K = q.shape
     KM = K if q_m is None else q_m.shape[-1]
-    G, V = keys.shape[-2], values.shape[-1]
+    G, V = values.shape[-2:]
+    H = max(H, G)
     memory, window = state is not None, k_ring is not None
     outputs = _outputs(q, values, norm, memory, window)
     full_v = max(16, triton.next_power_of_2(V))
@@ -201,11 +201,12 @@ def _one_launch(
         *_strides(gate, 2), *_strides(beta, 2),
     )  # fmt: skip
     constants = {
-        "R": H // G, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)),
-        "KM": KM, "BKM": max(16, triton.next_power_of_2(KM)), "BV": block_v, "NV": parts,
-        "FULL_V": full_v, "ROWS": max(16, triton.next_power_of_2(H // G)), "N": 32, "MEMORY": memory, "WINDOW": window,
-        "WRITE": write, "SINKS": sink_k is not None, "GATE": 0 if gate is None else gate.dim() - 1,
-        "NORM": norm is not None, "DELTA": beta is not None, "UNIT": eps > 0, "PREC": "tf32x3",
+        "R": H // G, "SHARE": 1 if k_m is None else G // k_m.shape[1], "K": K, "V": V,
+        "BK": max(16, triton.next_power_of_2(K)), "KM": KM, "BKM": max(16, triton.next_power_of_2(KM)),
+        "BV": block_v, "NV": parts, "FULL_V": full_v, "ROWS": max(16, triton.next_power_of_2(H // G)), "N": 32,
+        "MEMORY": memory, "WINDOW": window, "WRITE": write, "SINKS": sink_k is not None,
+        "GATE": 0 if gate is None else gate.dim() - 1, "NORM": norm is not None, "DELTA": beta is not None,
+        "UNIT": eps > 0, "PREC": "tf32x3",
     }  # fmt: skip
     return [Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], outputs
 
@@ -213,8 +214,8 @@ def _one_launch(
 def _outputs(
     q: Tensor, values: Tensor, norm: Tensor | None, memory: bool, window: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    B, H, _ = q.shape
-    V = values.shape[-1]
+    B = q.shape[0]
+    H, V = max(q.shape[1], values.shape[-2]), values.shape[-1]
     rows = (B, H) if window else (0,)
     return (
         q.new_empty((B, H, V) if window else (0,)),

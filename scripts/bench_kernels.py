@@ -177,18 +177,22 @@ def hybrid_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int,
 
 
 def delta_errors(gate: str, dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int, V: int, *, harsh: bool = False,
-                 packed: bool = False, top: float = 1.0, unit: bool = False,
+                 packed: bool = False, top: float = 1.0, unit: bool = False, share: int = 1,
                  device: str = "cuda") -> dict[str, float]:  # fmt: skip
-    """Errors of the gated delta rule, beta in [0, top]; `unit` leaves it to the op to scale q and k to unit length."""
-    g = gates(gate, (B, T, G, K), device, harsh)
+    """Errors of the gated delta rule, beta in [0, top], `share` value heads a key head.
+
+    `unit` leaves it to the op to scale q and k to unit length.
+    """
+    J = G * share
+    g = gates(gate, (B, T, J, K), device, harsh)
     k, q = torch.randn(B, T, G, K, device=device), torch.randn(B, T, H, K, device=device)
     if not unit:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-    v, beta = torch.randn(B, T, G, V, device=device), torch.rand(B, T, G, device=device) * top
+    v, beta = torch.randn(B, T, J, V, device=device), torch.rand(B, T, J, device=device) * top
     beta[:, :1] = 0.0
     if g is not None and gate != "fixed":
         g = g.to(dtype)
-    tensors = [x.to(dtype) for x in (q, k, v, beta)] + [g, torch.randn(B, G, K, V, device=device)]
+    tensors = [x.to(dtype) for x in (q, k, v, beta)] + [g, torch.randn(B, J, K, V, device=device)]
     starts = documents(B, T, device) if packed else None
 
     def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, s: Tensor) -> list[Tensor]:
@@ -211,6 +215,9 @@ def delta_checks(dtype: torch.dtype, dims: tuple[int, ...]) -> Iterator[tuple[st
         yield f"delta {gate} packed {dim}", partial(run, 2, 150, 8, 2, dim, dim, packed=True)
         if gate in ("scalar", "vector"):
             yield f"delta {gate} harsh {dim}", partial(run, 2, 150, 8, 2, dim, dim, harsh=True)
+    for dim, gate, unit in itertools.product([d for d in dims if d in (64, 128)], GATES, (False, True)):
+        run = partial(delta_errors, gate, dtype, 2, 150, 2, 2, dim, dim, packed=unit, unit=unit, share=3 - unit)
+        yield f"delta {gate} grouped values {dim}{' packed' if unit else ''}", run
     for gate in ("none", "scalar"):
         word = "undamped" if gate == "none" else "reflections"
         yield f"delta {gate} {word}", partial(delta_errors, gate, dtype, 2, 300, 8, 2, 64, 64, top=2.0)

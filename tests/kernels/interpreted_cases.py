@@ -87,17 +87,26 @@ def test_delta_rule_and_every_gradient(gate: str, packed: bool) -> None:
     check(delta_errors(gate, torch.float32, *shape, packed=packed, top=2.0, unit=packed, device="cpu"))
 
 
+@pytest.mark.parametrize(
+    ("gate", "unit"), [("none", False), ("fixed", True), ("scalar", True), ("vector", False), ("vector", True)]
+)
+def test_delta_rule_with_more_value_heads_than_keys(gate: str, unit: bool) -> None:
+    check(delta_errors(gate, torch.float32, 2, 40, 2, 2, 16, 24, packed=unit, unit=unit, share=3 - unit, device="cpu"))
+
+
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_delta_rule_with_gates_from_zero_to_minus_infinity(gate: str) -> None:
     check(delta_errors(gate, torch.float32, 1, 70, 2, 1, 16, 16, harsh=True, device="cpu"))
 
 
-@pytest.mark.parametrize("gate", ["none", "fixed", "scalar", "vector"])
-def test_delta_steps_follow_the_parallel_form(gate: str) -> None:
-    B, T, n, H, G, K, V = 2, 6, 2, 4, 2, 16, 24
-    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, n, G, K), torch.randn(B, T, n, G, V)
-    beta, state = 2 * torch.rand(B, T, n, G), torch.randn(B, G, K, V)
-    shape = {"none": None, "fixed": (G,), "scalar": (B, T, G), "vector": (B, T, G, K)}[gate]
+@pytest.mark.parametrize(
+    ("gate", "H", "J"), [("none", 4, 2), ("fixed", 4, 2), ("scalar", 4, 2), ("vector", 4, 2), ("scalar", 2, 4)]
+)
+def test_delta_steps_follow_the_parallel_form(gate: str, H: int, J: int) -> None:
+    B, T, n, G, K, V = 2, 6, 2, 2, 16, 24
+    q, k, v = torch.randn(B, T, H, K), torch.randn(B, T, n, G, K), torch.randn(B, T, n, J, V)
+    beta, state = 2 * torch.rand(B, T, n, J), torch.randn(B, J, K, V)
+    shape = {"none": None, "fixed": (J,), "scalar": (B, T, J), "vector": (B, T, J, K)}[gate]
     g = None if shape is None else -torch.rand(shape)
     one = gated_delta_rule(q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], g, scale=0.5, initial_state=state, l2norm=True)
     whole = delta_product(q, k, v, beta, g, scale=0.5, initial_state=state, l2norm=True)
@@ -326,7 +335,11 @@ def test_compiles_without_a_graph_break() -> None:
     def delta() -> Tensor:
         return gated_delta_rule(q, k, v, k.mean(-1).sigmoid(), g, l2norm=True).o
 
-    for op in (run, delta):
+    def grouped_values() -> Tensor:
+        beta = v[..., :2].sigmoid().flatten(2)
+        return gated_delta_rule(q[:, :, :2], k, v.repeat(1, 1, 2, 1), beta, beta.log()).o + 0 * g.sum()
+
+    for op in (run, delta, grouped_values):
         results = []
         for call in (op, torch.compile(op, fullgraph=True, backend="aot_eager")):
             out = call()
@@ -341,8 +354,12 @@ def test_compiles_without_a_graph_break() -> None:
 )  # fmt: skip
 def test_any_shape(gate: str, T: int, G: int, repeat: int, K: int, V: int, window: int, sinks: int) -> None:
     # A fixed gate's gradient is a sum over all tokens that can come out near 0.
-    for op in (linear_errors, delta_errors):
-        errors = op(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu")
+    cases = (
+        linear_errors(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu"),
+        delta_errors(gate, torch.float32, 1, T, G * repeat, G, K, V, device="cpu"),
+        delta_errors(gate, torch.float32, 1, T, G, G, K, V, share=repeat, device="cpu"),
+    )
+    for errors in cases:
         check({n: e for n, e in errors.items() if not (n == "dg" and gate == "fixed")})
     check(window_errors(torch.float32, 1, T, G * repeat, G, K, V, window, sinks, device="cpu"))
 

@@ -69,6 +69,41 @@ def test_outputs_and_every_gradient_equal_the_recurrence(gate: str, packed: bool
             assert relative(x.grad, high[name].grad) < 2e-5, name
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    gate=st.sampled_from(list(GATES)), T=st.integers(1, 80), G=st.integers(1, 3), share=st.integers(2, 4),
+    K=st.integers(2, 20), V=st.integers(1, 20), l2norm=st.booleans(),
+)  # fmt: skip
+def test_grouped_values_equal_repeated_queries_and_keys(gate, T, G, share, K, V, l2norm) -> None:
+    torch.manual_seed(T)
+    given = inputs(gate, 2, T, G * share, G * share, K, V)
+    few = {n: torch.randn(2, T, G, K).double().requires_grad_() for n in ("q", "k")}
+    if not l2norm:
+        few["k"] = torch.nn.functional.normalize(few["k"].detach(), dim=-1).requires_grad_()
+    unit = {n: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() if l2norm else x for n, x in few.items()}
+    high = {n: None if x is None else x.double().requires_grad_() for n, x in given.items()}
+    many = {n: x.repeat_interleave(share, 2) for n, x in unit.items()}
+    wanted, last = gated_delta_reference(**{**high, **many}, scale=0.5)
+    grouped, also = gated_delta_reference(**{**high, **unit}, scale=0.5)
+    assert torch.equal(wanted, grouped) and torch.equal(last, also)
+    low = {n: None if x is None else x.detach().float().requires_grad_() for n, x in {**high, **few}.items()}
+    out = gated_delta_rule(**low, scale=0.5, l2norm=l2norm)
+    assert relative(out.o, wanted) < 2e-5 and relative(out.state, last) < 2e-5
+    names = [n for n, x in low.items() if x is not None and not (n == "log_decay" and gate == "fixed")]
+    ours = torch.autograd.grad(out.o.sum() + out.state.sum(), [low[n] for n in names])
+    theirs = torch.autograd.grad(wanted.sum() + last.sum(), [{**high, **few}[n] for n in names])
+    scale = max(y.norm() for y in theirs)  # a sum of gradients may come out near 0
+    for name, x, y in zip(names, ours, theirs, strict=True):
+        assert (x.double() - y).norm() < 2e-5 * scale, name
+    state = given["initial_state"].clone()
+    for t in range(T):
+        decay = low["log_decay"] if gate in ("none", "fixed") else low["log_decay"][:, t]
+        token = [low[n].detach()[:, t] for n in ("q", "k", "v", "beta")]
+        o = gated_delta_step(*token, None if decay is None else decay.detach(), state, scale=0.5, l2norm=l2norm)
+        assert o.shape == (2, G * share, V)
+    assert relative(o, wanted[:, -1]) < 1e-4 and relative(state, last) < 1e-4
+
+
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
 def test_prefill_and_steps_equal_one_call(gate: str) -> None:
     torch.manual_seed(1)

@@ -496,8 +496,10 @@ class Recipe(Strict):
     def _check_stages(self) -> None:
         trained = ""
         for stage in self.stages:
-            if self.mixer is None and stage.stage != "finetune":
+            if self.mixer is None and isinstance(stage, Transfer | Preference):
                 raise ValueError(f"a `{stage.stage}` stage needs a mixer to train, and `mixer` is null")
+            if self.mixer is None and isinstance(stage, Distill) and not stage.cross_entropy:
+                raise ValueError("a `distill` stage where `mixer` is null starts at its optimum; give `cross_entropy`")
             if self.mixer is None and stage.optimizer.mixer_lr is not None:
                 raise ValueError("`optimizer.mixer_lr` has no effect where `mixer` is null; drop it")
             if isinstance(stage, Transfer) and stage.maps and self.data.length > MAP_TOKENS:

@@ -26,12 +26,15 @@ from linearize.data import Corpus, PackedRows
 from linearize.recipe import Recipe
 from linearize.stages import Run
 from linearize.stages.base import Progress, _accumulate
+from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
 from linearize.stages.gradients import clip
 from linearize.stages.transfer import TransferRunner
 from linearize.surgery import convert
 
-RUNNERS = {"transfer": TransferRunner, "finetune": FinetuneRunner}
+RUNNERS = {"transfer": TransferRunner, "finetune": FinetuneRunner, "distill": DistillRunner}
+# Forward and backward through frozen weights, a transfer's forward, and the teacher's forward in distillation.
+FLOPS_PER_WEIGHT = {"transfer": 2, "finetune": 4, "distill": 6}
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16, by the vendor's datasheet
 
 
@@ -97,8 +100,8 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
     surgery.undo()
     tokens = given.rows * given.length
     weights = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
-    weights += model.config.vocab_size * model.config.hidden_size if stage.stage == "finetune" else 0
-    flops = tokens * weights * (4 if stage.stage == "finetune" else 2)
+    weights += model.config.vocab_size * model.config.hidden_size if stage.stage != "transfer" else 0
+    flops = tokens * weights * FLOPS_PER_WEIGHT[stage.stage]
     peak = PEAK.get(torch.cuda.get_device_name())
     return {
         "model": given.model,

@@ -60,12 +60,12 @@ def test_a_run_leaves_a_checkpoint_with_everything_in_it(teacher, tmp_path) -> N
     assert yaml_io.read(result.output / "recipe.lock.yaml")["files"] == sorted(FILES)
     assert not (tmp_path / "out.partial").exists()
     names = [row["name"] for row in result.results["rows"]]
-    assert names == ["teacher", "after surgery", "after transfer", "after finetune"]
+    assert names == ["teacher", "after surgery", "after transfer", "after distill"]
     assert result.results["rows"][-1]["tokens"] == sum(
         s.steps(64) * 128 for s in plan(teacher, "liger", **small()).recipe.stages
     )
     records = [json.loads(line) for line in (result.output / "metrics.jsonl").read_text().splitlines()]
-    assert {record["stage"] for record in records} == {"transfer", "finetune"}
+    assert {record["stage"] for record in records} == {"transfer", "distill"}
     model = load(result.output)
     ids = torch.arange(40)[None]
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(teacher, tmp_path) -> 
     steps = [
         (r["stage"], r["step"]) for r in map(json.loads, (resumed.output / "metrics.jsonl").read_text().splitlines())
     ]
-    assert steps == sorted(set(steps), key=lambda s: (s[0] == "finetune", s[1])) and len(steps) == 6
+    assert steps == sorted(set(steps), key=lambda s: (s[0] == "distill", s[1])) and len(steps) == 6
 
 
 def test_the_headline_command_with_a_tiny_llama_in_the_cache(cache, make_teacher, tmp_path, monkeypatch) -> None:
@@ -284,7 +284,7 @@ def test_two_runs_do_not_share_a_folder(teacher, tmp_path) -> None:
 
 def test_the_softmax_control_is_a_plain_checkpoint(teacher, tmp_path) -> None:
     result = linearize(teacher, "control/softmax-lora", tmp_path / "out", **small("control/softmax-lora"))
-    assert [row["name"] for row in result.results["rows"]] == ["teacher", "after finetune"]
+    assert [row["name"] for row in result.results["rows"]] == ["teacher", "after distill"]
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (teacher, result.output))
     assert before.keys() == after.keys()
     changed = {

@@ -259,12 +259,12 @@ def test_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tiny: str, tmp_
     ]
     assert run(*words) == 0
     printed = capsys.readouterr().out
-    for word in ("teacher", "after surgery", "after transfer", "after finetune", "65,536", str(out / "report.html")):
+    for word in ("teacher", "after surgery", "after transfer", "after distill", "65,536", str(out / "report.html")):
         assert word in printed
     assert run(*words) == 0
     again = capsys.readouterr().out
     assert "finished already" in again
-    assert "after finetune" in again
+    assert "after distill" in again
     assert "seed: 0 -> 1" in refuse(capsys, *words, "--seed", "1")
     assert run("eval", str(out), "--rows", "2", "--against", tiny) == 0
     assert "KL to teacher" in capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_a_resumed_run_says_what_was_done_before(
     run_stage = api.run_stage
 
     def stop(settings: object, run: object, name: str) -> object:
-        if name == "finetune":
+        if name == "distill":
             raise KeyboardInterrupt
         return run_stage(settings, run, name)
 
@@ -308,7 +308,7 @@ def test_a_resumed_run_says_what_was_done_before(
     assert run(*words) == 0
     printed = capsys.readouterr().out
     assert re.search(r"transfer: all \d+ steps were done before", printed)
-    assert "finetune: all" not in printed
+    assert "distill: all" not in printed
 
 
 def test_the_headline_runs_on_a_tiny_llama_in_its_cache(
@@ -319,7 +319,7 @@ def test_the_headline_runs_on_a_tiny_llama_in_its_cache(
     words = ["--data", "builtin", "--tokens", "1280", "data.length=64", "data.held_out=4", "data.loss=all"]
     assert run("--model", "llama-3-8b", "--recipe", "liger", *words) == 0
     assert (tmp_path / "llama-3-8b-liger" / "model.safetensors").is_file()
-    assert "after finetune" in capsys.readouterr().out
+    assert "after distill" in capsys.readouterr().out
 
 
 BAD_RUNS = {

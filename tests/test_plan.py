@@ -57,7 +57,7 @@ def test_the_headline(cache: Path) -> None:
     console = Console(record=True, width=120)
     console.print(plan.render())
     text = console.export_text()
-    for words in ("32 layers, 32 converted", "8,030,261,248", "transfer", "finetune", "64K", "│ 31 "):
+    for words in ("32 layers, 32 converted", "8,030,261,248", "transfer", "distill", "64K", "│ 31 "):
         assert words in text
 
 

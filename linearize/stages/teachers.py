@@ -60,7 +60,6 @@ class Teacher:
     """
 
     def __init__(self, run: Run, device: str | None = None) -> None:
-        assert run.surgery is not None
         self.run = run
         self.surgery = run.surgery
         self.device = run.device if device is None else torch.device(device)
@@ -78,7 +77,8 @@ class Teacher:
             return
         decoder = self.run.model.get_decoder()
         training = decoder.training
-        with self.surgery.installed(self.surgery.teachers), without_adapters(self.run.model), torch.no_grad():
+        own = contextlib.nullcontext() if self.surgery is None else self.surgery.installed(self.surgery.teachers)
+        with own, without_adapters(self.run.model), torch.no_grad():
             decoder.eval()
             try:
                 with self.run.precision():

@@ -407,9 +407,22 @@ def test_distillation_without_its_teacher_is_an_error(stages, words: str) -> Non
         Recipe.parse({"name": "r", "stages": stages}, "r")
 
 
-def test_distillation_without_a_mixer_is_an_error() -> None:
-    with pytest.raises(LinearizeError, match="a `distill` stage needs a mixer"):
+def test_distillation_without_a_mixer_has_the_labels_alone_to_learn(make_run, corpus) -> None:
+    """The softmax control: divergence from itself is 0 at first, and its teacher stays as it was."""
+    with pytest.raises(LinearizeError, match="starts at its optimum"):
         Recipe.parse({"name": "r", "mixer": None, "stages": [{"stage": "distill"}]}, "r")
+    run = make_run()
+    settings = Distill(cross_entropy=0.5, tokens=48 * 2 * 8, batch=2, optimizer=FAST)
+    runner, plain = DistillRunner(settings, run), FinetuneRunner(Finetune(), make_run())
+    runner.prepare()
+    rows = corpus.train[:2]
+    plain.prepare()
+    assert runner.held_out_loss(rows) == pytest.approx(0.5 * plain.held_out_loss(rows), rel=1e-5)
+    losses: list[float] = []
+    run = make_run(folder="again")
+    run.progress = lambda record: losses.append(record["loss"])
+    run_stage(settings, run, "distill")
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ test-rest:
 
 soak: install
 	$(TEST) -m soak -q
+	LINEARIZE_FUZZ=2000 $(TEST) -q tests/test_fuzz.py
 
 clean:
 	rm -rf .venv out dist build *.egg-info

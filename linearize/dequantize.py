@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 from linearize.errors import LinearizeError
-from linearize.weights import check_gguf
+from linearize.headers import gguf_elements
+from linearize.weights import check_gguf, check_promise, check_sizes
 
 # Above this many parameters the copy is stored in bfloat16: fp32 would be eight times the GGUF file.
 FP32_LIMIT = 1_000_000_000
@@ -29,10 +30,13 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
         LinearizeError: the file is damaged, or transformers cannot read its architecture.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     check_gguf(path)
     try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        check_sizes(config, str(path))
+        check_promise(config, gguf_elements(path), str(path))
         packed, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -41,6 +45,8 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except LinearizeError:
+        raise
     except Exception as error:  # transformers and tokenizers raise many kinds, `Exception` itself among them
         raise LinearizeError(
             f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}. "

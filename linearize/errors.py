@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 
 
 class LinearizeError(ValueError):
-    """A user's mistake: the command line prints it as one paragraph and exits with code 2."""
+    """A user's mistake: the command line prints it as one paragraph and exits with code 2.
+
+    Args:
+        message: the paragraph. Line breaks and control characters that it quotes become spaces, and a token of the Hub
+            is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(TOKEN.sub("hf_...", CONTROL.sub(" ", message)))
 
 
 class UnknownNameError(LinearizeError):

@@ -58,7 +58,10 @@ def from_folder(folder: Path) -> Files:
     """Return a local folder with what it says about its own origin."""
     note = folder / ORIGIN
     if note.is_file():
-        return Files(folder=folder, **json.loads(note.read_text(encoding="utf-8")))
+        try:
+            return Files(folder=folder, **json.loads(note.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise LinearizeError(f"{note} is damaged ({error}). Remove the folder, and it is made anew.") from None
     return Files(folder, f"folder:{folder}", license=_stated_license(folder), sha256=fingerprints(folder))
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers
-from linearize.modeling import auto_class
 from linearize.modeling.classes import family_of
 from linearize.recipe import (
     TRAINED_PROJECTIONS,
@@ -29,6 +28,7 @@ from linearize.recipe import (
 )
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
+from linearize.weights import empty_model
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,6 +40,7 @@ BUDGET_CONTEXT = 8192  # where a share of the teacher's cache is taken
 TRAIN_BYTES = 16
 INNER_SIZES = ("intermediate_size", "ffn_hidden_size", "n_inner")
 SMALL_FILES = 64 * 2**20
+STATE_LIMIT = 2**30  # bytes, of one layer's memory for one row
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def make_plan(
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     asked, recipe = recipe, place_heads(recipe, config, dtype)
     _check_layers(recipe, config)
+    network = empty_model(config, dtype)
     with torch.device("meta"):
-        network = auto_class(config.model_type).from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
     stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.schedule())))
@@ -227,8 +228,8 @@ def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
 def _share_of(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, pairs: list[tuple[int, int]]) -> float:
     """Return the share of the cache with these exact heads."""
     recipe = recipe.model_copy(update={"exact_heads": pairs})
+    network = empty_model(config, dtype)
     with torch.device("meta"):
-        network = auto_class(config.model_type).from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
         mixers = _convert(recipe, network)
     return _cache_share(recipe, config, mixers, dtype)
 
@@ -490,6 +491,14 @@ def _mixer_cache_bytes(mixer: nn.Module, config: Any, groups: int, head_dim: int
     """Return the bytes of what a mixer caches, read off one token that a blank copy of it has seen."""
     from linearize.mixers.context import SequenceContext
 
+    memory: Any = mixer.memory
+    state = {} if memory is None else memory.initial_state(1, torch.device("meta"))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if size > STATE_LIMIT:
+        raise LinearizeError(
+            f"`mixer.memory` has a state of {format_bytes(size)} for a layer and a row; expected at most "
+            f"{format_bytes(STATE_LIMIT)}. Lower the options that set its size."
+        )
     all_heads, all_groups, _ = family_of(config).heads(None, config)
     heads = groups * all_heads // all_groups
     with torch.device("cpu"), torch.no_grad():

@@ -49,8 +49,8 @@ class Window(Strict):
             before (LoLCATs as it trains). A terrace has no sinks.
     """
 
-    size: int = Field(64, ge=1)
-    sinks: int = Field(0, ge=0)
+    size: int = Field(64, ge=1, le=2**20)
+    sinks: int = Field(0, ge=0, le=2**12)
     kind: Literal["sliding", "terrace"] = "sliding"
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class Conv(Strict):
         identity: start as the identity. Mamba's start is random.
     """
 
-    taps: int = Field(4, ge=2)
+    taps: int = Field(4, ge=2, le=2**8)
     inputs: Literal["qkv", "v"] = "qkv"
     activation: Literal["none", "silu"] = "none"
     identity: bool = True
@@ -471,7 +471,7 @@ class Recipe(Strict):
     exact_heads: list[Pair] | ExactHeads = []
     probe: Probe = Probe()
     stages: list[AnyStage] = []
-    progressive: int = Field(1, ge=1)
+    progressive: int = Field(1, ge=1, le=4096)
     data: Data = Data()
     quick: Quick = Quick()
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from linearize.aliases import HubSource, alias_names, read_alias
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.fetch import WANTED, Files, cached_alias, from_alias, from_folder, from_gguf, from_hub, snapshot
-from linearize.weights import check_folder, check_gguf
+from linearize.headers import safetensors_elements
+from linearize.weights import check_folder, check_gguf, check_promise, check_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,9 @@ def load_config(source: TeacherSource, trust_remote_code: bool = False) -> Pretr
     if source.kind == "gguf":
         path = Path(source.location)
         check_gguf(path)
-        return _read(AutoConfig, path.parent, str(path), gguf_file=path.name)
+        config = _read(AutoConfig, path.parent, str(path), gguf_file=path.name)
+        check_sizes(config, str(path))
+        return config
     folder = snapshot(source.location, source.revision or "main", ["config.json", "*.py"])
     return _config(folder, trust_remote_code, weights=False)
 
@@ -169,6 +172,8 @@ def load_teacher(
 
     files = fetch(source)
     config = _config(files.folder, trust_remote_code)
+    held = sum(safetensors_elements(path) for path in files.folder.glob("*.safetensors"))
+    check_promise(config, held, str(files.folder))
     capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA does not have
     known = config.model_type in families
     try:
@@ -180,7 +185,7 @@ def load_teacher(
             output_loading_info=True,
             use_safetensors=True,
         )
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # transformers and safetensors raise many kinds, `Exception` itself among them
         raise LinearizeError(f"{files.folder} cannot be loaded: {_one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -204,7 +209,9 @@ def check_causal(config: PretrainedConfig, where: str) -> None:
     import linearize.families  # noqa: F401  (fills the registry)
     from linearize.registry import families
 
-    names = list(config.architectures or [])
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise LinearizeError(f"{where} is damaged: `architectures` in its config.json is no list of names.")
     if config.model_type in families and not families.get(config.model_type).causal:
         if not names or any(name.endswith(MASKED) for name in names):
             return
@@ -212,7 +219,8 @@ def check_causal(config: PretrainedConfig, where: str) -> None:
             f"{where} is an encoder without a masked-language-model head ({', '.join(names)}), which the stages train "
             "on; give the checkpoint that it was made from, such as bert-base-uncased."
         )
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    classes = getattr(config, "auto_map", None)
+    remote = isinstance(classes, dict) and "AutoModelForCausalLM" in classes
     causal = [name for name in names if name.endswith(CAUSAL)]
     if config.is_encoder_decoder:
         kind = "an encoder-decoder model"
@@ -238,6 +246,7 @@ def _config(folder: Path, trust_remote_code: bool, weights: bool = True) -> Pret
         check_folder(folder)
     config = _read(AutoConfig, folder, str(folder), trust_remote_code=trust_remote_code)
     check_causal(config, str(folder))
+    check_sizes(config, str(folder))
     return config
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 from linearize.errors import LinearizeError
+from linearize.headers import gguf_elements, safetensors_elements
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HASH_LIMIT = 2 * 2**30
+SIZES = {
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**31,
+}
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -36,23 +46,12 @@ def check_safetensors(path: Path) -> None:
     """Raise unless a safetensors file is as long as its header says.
 
     Raises:
-        LinearizeError: the header is no JSON, or the file is shorter or longer than it promises.
+        LinearizeError: the header is none, or the file is shorter or longer than it promises.
     """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError("the header reaches past the end of the file")
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        safetensors_elements(path)
+    except ValueError as error:
         raise LinearizeError(f"{path} is not a safetensors file or is damaged ({error}). Download it again.") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise LinearizeError(
-            f"{path} is damaged: its header promises {expected:,} bytes, the file has {size:,}. Download it again."
-        )
 
 
 def check_gguf(path: Path) -> None:
@@ -69,11 +68,70 @@ def check_gguf(path: Path) -> None:
         if file.read(4) != b"GGUF":
             raise LinearizeError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
     try:
+        gguf_elements(path)
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise LinearizeError(f"{path} is damaged or cut short ({error}). Download it again.") from None
     if not reader.tensors:
         raise LinearizeError(f"{path} holds no tensor. Give a GGUF file with a model's weights.")
+
+
+def check_sizes(config: Any, where: str) -> None:
+    """Raise where a config has a size that no model has: building such a one would not end.
+
+    Raises:
+        LinearizeError: it has.
+    """
+    for name, most in SIZES.items():
+        size = getattr(config, name, None)
+        if isinstance(size, int) and not 0 < size <= most:
+            raise LinearizeError(
+                f"{where} is damaged: its config says `{name}: {size}`; expected 1 to {most}. Download it again."
+            )
+
+
+def empty_model(config: Any, dtype: Any = None) -> Any:
+    """Return the model of a config on the meta device, where its weights take no memory.
+
+    Raises:
+        LinearizeError: no model can be made of it.
+    """
+    import torch
+
+    from linearize.modeling import auto_class
+
+    try:
+        with torch.device("meta"):
+            return auto_class(config.model_type).from_config(type(config).from_dict(config.to_dict()), dtype=dtype)
+    except Exception as error:  # whatever a damaged config does to a model's constructor
+        words = " ".join(str(error).split())[:300]
+        raise LinearizeError(
+            f"The teacher's config is damaged: transformers makes no model of it ({type(error).__name__}: {words}). "
+            "Download the model again."
+        ) from error
+
+
+def check_promise(config: Any, held: int, where: str) -> None:
+    """Raise where a config describes far more parameters than the weights hold, before they are allocated.
+
+    Args:
+        config: of a family that can be linearized; others are not checked.
+        held: elements of all tensors in the weight files.
+        where: those files, for the error.
+
+    Raises:
+        LinearizeError: it does, or no model can be made of it.
+    """
+    from linearize.registry import families
+
+    if config.model_type not in families:
+        return
+    promised = sum(parameter.numel() for parameter in empty_model(config).parameters())
+    if promised > 2 * held:  # of fewer, the first that is missing is named once the rest is loaded
+        raise LinearizeError(
+            f"The weights in {where} lack some of the model's tensors: its config describes {promised:,} parameters, "
+            f"and the files hold {held:,}. Download the model again."
+        )
 
 
 def sha256(path: Path) -> str:
@@ -95,7 +153,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LinearizeError(f"{path} is damaged: it is not JSON ({error}). Download it again.") from None
     if not isinstance(value, dict):
         raise LinearizeError(f"{path} is damaged: it holds no JSON object. Download it again.")
@@ -106,7 +164,7 @@ def _check_weights(folder: Path) -> None:
     """Raise unless every weight file of a folder is there, in safetensors, and whole."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_json(index).get("weight_map", {}).values()))
+        names = _shards(index)
         absent = [name for name in names if not (folder / name).is_file()]
         if absent or not names:
             raise LinearizeError(
@@ -118,6 +176,20 @@ def _check_weights(folder: Path) -> None:
         raise LinearizeError(f"The folder {folder} holds no safetensors weights.{_hint(folder)}")
     for file in files:
         check_safetensors(file)
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names, all of them beside it."""
+    places = _json(index).get("weight_map", {})
+    names: set[str] = set()
+    for name in places.values() if isinstance(places, dict) else [None]:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise LinearizeError(
+                f"{index} is damaged: its `weight_map` names {name!r} where a .safetensors file beside it is expected. "
+                "Download it again."
+            )
+        names.add(name)
+    return sorted(names)
 
 
 def _hint(folder: Path) -> str:

@@ -10,9 +10,33 @@ import yaml
 
 from linearize.errors import LinearizeError
 
+MAX_BYTES = 2**20  # of a file
+MAX_VALUES = 100_000  # with every alias written out
+
 
 class _Loader(yaml.SafeLoader):
     """The safe loader with YAML 1.2's floats and without silent overwriting of keys."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the document, unless its aliases make it endless or of a size that its text does not show."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node holds; 0 stands in `known` for one that is still being counted."""
+    if known.get(id(node)) == 0:
+        raise yaml.composer.ComposerError(None, None, "an alias refers to what it stands in", node.start_mark)
+    if id(node) not in known:
+        known[id(node)] = 0
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in parts)
+    if known[id(node)] > MAX_VALUES:
+        raise yaml.composer.ComposerError(None, None, f"it holds more than {MAX_VALUES:,} values", node.start_mark)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -66,6 +90,8 @@ def parse(text: str, where: str) -> Any:
         raise LinearizeError(f"{where}{line}: {error.problem or error.context}.") from None
     except (yaml.YAMLError, ValueError) as error:
         raise LinearizeError(f"{where} is not YAML: {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise LinearizeError(f"{where} is nested too deeply.") from None
 
 
 def read(path: Path) -> Any:
@@ -75,6 +101,8 @@ def read(path: Path) -> Any:
         LinearizeError: the file cannot be read as UTF-8 text or is not YAML.
     """
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise LinearizeError(f"{path} has {path.stat().st_size:,} bytes; expected at most {MAX_BYTES:,}.")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LinearizeError(f"Cannot read {path} as a UTF-8 text file: {error}.") from None

@@ -73,8 +73,12 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer", causal: bool = True
         raise LinearizeError(f"`{where}.overlap: false` needs both a window and a memory.")
     if mixer["output_norm"] and not combine.uses_memory:
         raise LinearizeError(f"`{where}.output_norm` normalizes the memory's output, and this mixer has no memory.")
-    with torch.random.fork_rng(devices=[]):
-        TokenMixer(HeadShape(2, 1, 64, 64), mixer, 1.0)  # parts check the values of their options as they are built
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:  # parts check the values of their options as they are built
+            TokenMixer(HeadShape(2, 1, 64, 64), mixer, 1.0)
+        except (RuntimeError, OverflowError, TypeError) as error:  # of sizes that no tensor has
+            words = " ".join(str(error).split())[:200]
+            raise LinearizeError(f"`{where}` cannot be built: {words}. Check the sizes among its options.") from error
 
 
 def _check_bidirectional(mixer: dict[str, Any], found: dict[str, Any], where: str) -> None:

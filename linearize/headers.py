@@ -1,0 +1,133 @@
+"""Headers of weight files, walked before any library reads them: no number in one is believed.
+
+A forged count would let a reader loop or allocate without end, so every count is held against the bytes that are left.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
+GGUF_ITEMS = 2**22  # of an array; the largest vocabularies have a quarter of a million
+GGUF_DIMS = 4
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each scalar type
+
+
+def safetensors_elements(path: Path) -> int:
+    """Return how many elements the tensors of a safetensors file have.
+
+    Raises:
+        ValueError: the header is no safetensors header, or promises another number of bytes than there are.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            raise ValueError("it is shorter than a header")
+        (length,) = struct.unpack("<Q", start)
+        if length > min(size - 8, SAFETENSORS_HEADER):
+            raise ValueError("the header reaches past the end of the file")
+        try:
+            header = json.loads(file.read(length))
+            shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name in shapes]
+            expected = 8 + length + max(ends, default=0)
+            if size != expected:
+                raise ValueError(f"its header promises {expected:,} bytes, the file has {size:,}")
+            with safe_open(path, "pt"):  # checks dtypes, and that shapes and offsets agree
+                return sum(math.prod(shape) for shape in shapes.values())
+        except (KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError) as error:
+            raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
+def gguf_elements(path: Path) -> int:
+    """Return how many elements the tensors of a GGUF file have.
+
+    Raises:
+        ValueError: a count, a type or an offset of the header does not fit the file.
+    """
+    with path.open("rb") as file:
+        return _Gguf(file, path.stat().st_size).elements()
+
+
+class _Gguf:
+    """A walk through a GGUF header (ggml's docs/gguf.md, versions 2 and 3)."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file = file
+        self.size = size
+        self.order = "<"
+
+    def elements(self) -> int:
+        """Walk to the end of the header and return the elements of all tensors."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if self._take(4) != b"GGUF":
+            raise ValueError("it does not start with the letters GGUF")
+        if self._number("I") & 0xFFFF == 0:  # a version of the other byte order
+            self.order = ">"
+        tensors, entries = self._number("Q"), self._number("Q")
+        self._fits(tensors, 24, "tensors")
+        self._fits(entries, 13, "entries")
+        for _ in range(entries):
+            self._skip_string()
+            self._skip_value(self._number("I"))
+        elements = total = 0
+        for _ in range(tensors):
+            self._skip_string()
+            dims = self._number("I")
+            if dims > GGUF_DIMS:
+                raise ValueError(f"a tensor has {dims} dimensions")
+            count = math.prod(self._number("Q") for _ in range(dims))
+            kind = self._number("I")
+            if kind not in set(GGMLQuantizationType):
+                raise ValueError(f"a tensor has the unknown type {kind}")
+            block, length = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            self._number("Q")
+            elements, total = elements + count, total + count // block * length
+        if total > self.size:
+            raise ValueError(f"its tensors take {total:,} bytes, the file has {self.size:,}")
+        return elements
+
+    def _take(self, count: int) -> bytes:
+        self._fits(count, 1, "bytes")
+        return self.file.read(count)
+
+    def _fits(self, count: int, each: int, what: str) -> None:
+        left = self.size - self.file.tell()
+        if count * each > left:
+            raise ValueError(f"it promises {count:,} {what} where {left:,} bytes are left")
+
+    def _number(self, kind: str) -> int:
+        return int(struct.unpack(self.order + kind, self._take(struct.calcsize(kind)))[0])
+
+    def _skip(self, count: int) -> None:
+        self._fits(count, 1, "bytes")
+        self.file.seek(count, 1)
+
+    def _skip_string(self) -> None:
+        self._skip(self._number("Q"))
+
+    def _skip_value(self, kind: int, inner: bool = False) -> None:
+        if kind in GGUF_SIZES:
+            self._skip(GGUF_SIZES[kind])
+        elif kind == GGUF_STRING:
+            self._skip_string()
+        elif kind == GGUF_ARRAY and not inner:
+            item, count = self._number("I"), self._number("Q")
+            if count > GGUF_ITEMS:
+                raise ValueError(f"an array has {count:,} items")
+            if item in GGUF_SIZES:
+                self._skip(count * GGUF_SIZES[item])
+                return
+            for _ in range(count):
+                self._skip_value(item, inner=True)
+        else:
+            raise ValueError(f"a value has the unknown type {kind}")

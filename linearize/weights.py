@@ -16,7 +16,7 @@ SIZES = {
     "num_hidden_layers": 4096,
     "num_attention_heads": 2**16,
     "num_key_value_heads": 2**16,
-    "head_dim": 2**16,
+    "head_dim": 2**10,
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "vocab_size": 2**26,
@@ -88,6 +88,15 @@ def check_sizes(config: Any, where: str) -> None:
             raise LinearizeError(
                 f"{where} is damaged: its config says `{name}: {size}`; expected 1 to {most}. Download it again."
             )
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    hidden = getattr(config, "hidden_size", None)
+    if isinstance(heads, int) and isinstance(hidden, int) and hidden // heads > SIZES["head_dim"]:
+        raise LinearizeError(f"{where} is damaged: its config gives each of {heads} heads {hidden // heads} channels.")
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise LinearizeError(
+            f"{where} is damaged: its config says `num_attention_heads: {heads}` and `num_key_value_heads: {groups}`; "
+            "expected a multiple. Download it again."
+        )
 
 
 def empty_model(config: Any, dtype: Any = None) -> Any:

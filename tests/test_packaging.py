@@ -1,9 +1,12 @@
-"""The wheel holds every file of the linked folders, and `linearize` is its only top-level name."""
+"""The wheel holds all that `linearize` needs, and nothing else: installed alone, it runs the demo to its end."""
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -63,6 +66,42 @@ def test_the_wheel_finds_its_recipes(wheel: zipfile.ZipFile, tmp_path: Path) -> 
 def test_the_command_is_declared(wheel: zipfile.ZipFile) -> None:
     entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "linearize = linearize.cli:main" in wheel.read(entry).decode()
+
+
+def test_twine_finds_the_metadata_fit_for_the_index(wheel: zipfile.ZipFile) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel.filename)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment in which linearize comes from the wheel; the other packages are this one's."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*command, str(wheel.filename)], check=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+def test_the_wheel_alone_runs_the_demo_to_its_end(installed: Path, save_teacher, tmp_path: Path) -> None:
+    """The README's command, on a tiny model in the place of the demo's."""
+    save_teacher(tmp_path / "cache" / "models" / "smollm2-135m", max_position_embeddings=512)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"LINEARIZE_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    where = [installed / "python", "-c", "import linearize; print(linearize.__file__)"]
+    found = subprocess.run(where, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(installed.parent))
+    words = ["--model", "smollm2-135m", "--recipe", "liger", "--quick", "--output", "out/demo", "--tokens", "1024"]
+    command = [installed / "linearize", *words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Checkpoint: out/demo   report: out/demo/report.html" in done.stdout
+    assert (tmp_path / "out" / "demo" / "report.html").is_file()
 
 
 def test_kernels_is_no_package() -> None:

@@ -83,12 +83,13 @@ def draw_png(kind: str, content: Any) -> bytes | None:
 
 
 def inline(svg: str) -> str:
-    """Return an SVG for use inside HTML: no prologue, no addresses, the page's font and colour."""
+    """Return an SVG for use inside HTML: no prologue, no addresses, the page's font and colour, its size at most."""
     body = svg[svg.index("<svg") :]
+    width = 4 / 3 * float(re.search(r' width="([\d.]+)pt"', body)[1])  # type: ignore[index]
     body = re.sub(r' xmlns(:\w+)?="[^"]*"', "", body)
     body = re.sub(r' (width|height)="[\d.]+pt"', "", body, count=2)
     body = re.sub(r"font: ([\w ]*?)([\d.]+px) [^;\"]*", r"font: \1\2 inherit; font-family: inherit", body)
-    return body.replace(INK, "currentColor").strip()
+    return body.replace("<svg", f'<svg style="max-width: {width:.0f}px"', 1).replace(INK, "currentColor").strip()
 
 
 def tokens_axis(axes: Axes) -> None:
@@ -142,9 +143,11 @@ def transfer_figure(records: list[Record]) -> Figure | None:
         ends.scatter([layer], [last], color=STUDENT, s=22, label="last tenth" if layer == layers[0] else None)
     curves.set_title("Transfer loss, one line per layer")
     tokens_axis(curves)
-    figure.colorbar(cm.ScalarMappable(scale, palette), ax=curves, label="layer", pad=0.01)
+    whole = MaxNLocator(integer=True)
+    figure.colorbar(cm.ScalarMappable(scale, palette), ax=curves, label="layer", pad=0.01, ticks=whole)
     ends.set_title("Transfer loss by layer")
     ends.set_xlabel("layer")
+    ends.xaxis.set_major_locator(MaxNLocator(integer=True))
     ends.legend(loc="best")
     for axes in (curves, ends):
         log_axis(axes, everything)

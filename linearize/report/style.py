@@ -39,8 +39,9 @@ tr.final td { background: var(--tint); font-weight: 600; }
 .pairs th, .pairs td { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
 .pairs th { width: 30%; }
 .pairs td { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 13px; }
+section > h3 { margin-top: 26px; }
 figure { margin: 26px 0 0; color: var(--ink); }
-figure svg { display: block; width: 100%; height: auto; max-width: 920px; margin: 0 auto; }
+figure svg { display: block; width: 100%; height: auto; margin: 0 auto; }
 figcaption, .hint { margin: 8px 0 0; font-size: 13.5px; color: var(--soft); }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 16px; }
 .sample { padding: 14px 16px; border: 1px solid var(--line); border-radius: 10px; background: var(--page); }

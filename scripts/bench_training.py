@@ -24,7 +24,7 @@ from rich.table import Table
 from linearize.aliases import read_alias
 from linearize.data import Corpus, PackedRows
 from linearize.recipe import Recipe
-from linearize.stages import Run
+from linearize.stages import Run, speed
 from linearize.stages.base import Progress, _accumulate
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
@@ -68,15 +68,14 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
     trained = runner.prepare()
     for parameter in trained.values():
         parameter.data = parameter.data.float()
-    if given.compile:
-        for layer in model.get_decoder().layers:
-            layer.compile()
     progress = Progress(trained, stage)
     groups = runner.clip_groups(trained)
     micro = given.micro_batch or given.rows
 
+    losses = []
+
     def step() -> None:
-        _accumulate(runner, rows, micro)
+        losses.append(_accumulate(runner, rows, micro)["loss"])
         clip(groups, stage.optimizer.clip)
         progress.advance(lambda: 0.0)
 
@@ -114,6 +113,7 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
         "step_ms": round(seconds * 1e3, 1),
         "slowest_ms": round(max(times) * 1e3, 1),
         "first_s": round(first, 1),
+        "loss": round(losses[given.steps], 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "mfu": round(flops / seconds / peak, 3) if peak else None,
     }
@@ -145,11 +145,16 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="rows at a time in a step; all by default")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
-    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers")
+    parser.add_argument("--eager", action="store_true", help="as in a short stage: nothing compiled, no CUDA graph")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in finetune")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--csv")
     given = parser.parse_args()
-    recipe = Recipe.from_yaml(given.recipe)
+    overrides = [f"stages.{i}.micro_batch={given.micro_batch or given.rows}" for i in range(2)]
+    overrides += ["stages.1.gradient_checkpointing=true"] if given.checkpointing else []
+    recipe = Recipe.from_yaml(given.recipe, [*overrides, *(f"stages.{i}.batch={given.rows}" for i in range(2))])
+    if given.eager:
+        speed.PASSES = 10**9
     model = random_model(given.model, torch.device("cuda"), getattr(torch, given.dtype))
     results = [measure(s, model, recipe, given) for s in recipe.stages if s.stage in given.stages]
     table = Table(*results[0], title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

@@ -72,7 +72,7 @@ class Run:
         """Return the context in which forward passes run."""
         if self.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
+        return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)  # no cache: CUDA graphs
 
 
 class StageRunner(ABC):
@@ -310,6 +310,7 @@ class Progress:
             [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params],
             betas=wanted.betas,
             weight_decay=wanted.weight_decay,
+            fused=next(iter(trained.values())).is_cuda if trained else None,
         )
         self.plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
         if wanted.schedule == "plateau":
@@ -369,7 +370,7 @@ class Progress:
             key, _, name = full.rpartition("@")
             like = self.trained[name]
             if key:
-                self.optimizer.state[like][key] = tensor if key == "step" else tensor.to(like.device)
+                self.optimizer.state[like][key] = tensor.to(like.device)  # on a GPU the fused optimizer counts there
             else:
                 like.data.copy_(tensor)
         for key, value in state.get("plateau", {}).items():

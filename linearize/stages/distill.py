@@ -48,6 +48,10 @@ class DistillRunner(FinetuneRunner):
             self.teacher = Teacher(self.run, self.settings.teacher_device)
         return super().prepare()
 
+    def _passes(self) -> int:
+        """As in `FinetuneRunner`; layers whose outputs are watched stay as they are."""
+        return 0 if self.settings.hidden else super()._passes()
+
     def finish(self) -> None:
         """Let the teacher go, and leave the model ready."""
         self.teacher = None
@@ -103,7 +107,7 @@ class DistillRunner(FinetuneRunner):
         return states, self.settings.hidden * apart.mean()
 
     def _loss(self, logits: Tensor, targets: Tensor, reference: Tensors) -> Tensor:
-        """The sum over tokens of KL and cross-entropy, each with its factor."""
+        """Each token's KL and cross-entropy [N], with their factors."""
         settings = self.settings
         if self.kept is not None:
             index, wanted = reference["index"].long(), reference["made"]
@@ -113,12 +117,12 @@ class DistillRunner(FinetuneRunner):
         scaled = logits / settings.temperature
         made = scaled.log_softmax(-1) if index is None else coarse(scaled, index)
         if settings.divergence == "forward":
-            divergence = F.kl_div(made, wanted, reduction="sum", log_target=True)
+            divergence = F.kl_div(made, wanted, reduction="none", log_target=True).sum(-1)
         else:
-            divergence = F.kl_div(wanted, made, reduction="sum", log_target=True)
+            divergence = F.kl_div(wanted, made, reduction="none", log_target=True).sum(-1)
         loss: Tensor = settings.kl * settings.temperature**2 * divergence
         if settings.cross_entropy:
-            loss = loss + settings.cross_entropy * F.cross_entropy(logits, targets, reduction="sum")
+            loss = loss + settings.cross_entropy * F.cross_entropy(logits, targets, reduction="none")
         return loss
 
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from linearize.data import PackedRows
 from linearize.data.masking import mask_rows
 from linearize.errors import LinearizeError
-from linearize.modeling.classes import family_of, packed_inputs
+from linearize.modeling.classes import family_of
 from linearize.modeling.heads import logits_of
 from linearize.stages.adapters import add_lora, lora_parameters, lora_targets, merge_lora
-from linearize.stages.base import StageRunner
+from linearize.stages.base import Run, StageRunner
+from linearize.stages.speed import FastDecoder, decoder_states
 
 TOKENS_PER_CHUNK = 1024
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -29,9 +30,7 @@ Tensors = dict[str, Tensor]
 
 def final_states(model: Any, inputs: Tensors) -> Tensor:
     """Return the states [B, T, hidden] that a model's output embedding reads."""
-    given = packed_inputs(model.config, {name: inputs[name] for name in ("input_ids", "position_ids")})
-    states: Tensor = model.get_decoder()(**given, use_cache=False).last_hidden_state
-    return states
+    return decoder_states(model.get_decoder(), inputs["input_ids"], inputs["position_ids"])
 
 
 def predictions(rows: PackedRows, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +46,10 @@ def predictions(rows: PackedRows, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 class FinetuneRunner(StageRunner):
     """The stage on a whole model."""
+
+    def __init__(self, settings: Any, run: Run) -> None:
+        super().__init__(settings, run)
+        self.decoder = FastDecoder(run.model, passes=0)
 
     def prepare(self) -> dict[str, nn.Parameter]:
         """Choose what trains and return it by name."""
@@ -70,7 +73,14 @@ class FinetuneRunner(StageRunner):
             parameter.requires_grad_(True)
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.decoder = FastDecoder(model, self._passes(), graph=not self.settings.gradient_checkpointing)
         return trained
+
+    def _passes(self) -> int:
+        """Forward and backward passes of the stage through the whole decoder."""
+        settings = self.settings
+        micro = settings.micro_batch or settings.batch
+        return settings.steps(self.run.corpus.train.length) * -(-settings.batch // micro)  # type: ignore[no-any-return]
 
     def _targets(self) -> list[str]:
         return lora_targets(self.run.model, self.settings.lora.targets)
@@ -95,13 +105,13 @@ class FinetuneRunner(StageRunner):
 
     def _states(self, inputs: Tensors, chosen: Tensor, reference: Tensors) -> tuple[Tensor, Tensor | None]:
         """The final states of the chosen tokens [N, hidden], and a loss per token beside that of the logits."""
-        return final_states(self.run.model, inputs)[chosen], None
+        return self.decoder(inputs["input_ids"], inputs["position_ids"])[chosen], None
 
     def _loss(self, logits: Tensor, targets: Tensor, reference: Tensors) -> Tensor:
-        """The sum of the losses of logits [N, vocabulary] in fp32 with targets [N]."""
-        loss = F.cross_entropy(logits, targets, reduction="sum")
+        """The losses [N] of logits [N, vocabulary] in fp32 with targets [N]."""
+        loss = F.cross_entropy(logits, targets, reduction="none")
         if self.settings.z_loss:
-            loss = loss + self.settings.z_loss * logits.logsumexp(-1).square().sum()
+            loss = loss + self.settings.z_loss * logits.logsumexp(-1).square()
         return loss
 
     def _forward(self, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor | None, Tensors]:
@@ -114,7 +124,7 @@ class FinetuneRunner(StageRunner):
         return states, targets, beside, reference
 
     def _chunk_losses(self, states: Tensor, targets: Tensor, reference: Tensors) -> Iterator[Tensor]:
-        """The losses of the tokens, summed, a chunk of them at a time."""
+        """The losses of the tokens, a chunk of them at a time."""
         for begin in range(0, len(targets), TOKENS_PER_CHUNK):
             part = slice(begin, begin + TOKENS_PER_CHUNK)
             with self.run.precision():
@@ -126,26 +136,30 @@ class FinetuneRunner(StageRunner):
         """Add gradients of the mean loss over the labels; logits exist only a chunk of tokens at a time."""
         states, targets, beside, reference = self._forward(rows)
         leaf = states.detach().requires_grad_()
-        total = 0.0
-        for loss in self._chunk_losses(leaf, targets, reference):
-            loss = loss * (share / len(targets))
+        total = torch.zeros((), device=leaf.device)
+        for losses in self._chunk_losses(leaf, targets, reference):
+            loss = losses.sum() * (share / len(targets))
             loss.backward()
-            total += float(loss.detach())
+            total += loss.detach()
         if beside is None:
             states.backward(leaf.grad)
         else:
             torch.autograd.backward([states, beside * share], [leaf.grad, None])
-            total += float(beside.detach()) * share
-        return {"loss": total}
+            total += beside.detach() * share
+        return {"loss": float(total)}
 
     @torch.no_grad()
     def held_out_loss(self, rows: PackedRows) -> float:
         """Return the mean loss of the rows, each row with the same weight."""
-        total = 0.0
-        for index in range(len(rows)):
-            states, targets, beside, reference = self._forward(rows[index : index + 1])
-            total += sum(float(loss) for loss in self._chunk_losses(states, targets, reference)) / len(targets)
-            total += 0.0 if beside is None else float(beside)
+        total, size = 0.0, self.settings.micro_batch or self.settings.batch
+        for begin in range(0, len(rows), size):
+            part = rows[begin : begin + size]
+            with self.decoder.evaluated():
+                states, targets, beside, reference = self._forward(part)
+            losses = torch.cat(list(self._chunk_losses(states.detach(), targets, reference)))
+            counts = part.predicted().sum(1).to(losses.device)
+            total += float((losses / counts.repeat_interleave(counts)).sum())
+            total += 0.0 if beside is None else float(beside) * len(part)
         return total / len(rows)
 
     @torch.no_grad()
@@ -156,6 +170,7 @@ class FinetuneRunner(StageRunner):
             LinearizeError: the logits differ.
         """
         model = self.run.model
+        self.decoder.close()
         model.eval()
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_disable()

@@ -18,7 +18,7 @@ from linearize.modeling.heads import logits_of
 from linearize.recipe import Preference
 from linearize.stages import finetune
 from linearize.stages.base import Run
-from linearize.stages.finetune import FinetuneRunner, Tensors, final_states
+from linearize.stages.finetune import FinetuneRunner, Tensors
 from linearize.stages.teachers import KeptAnswers, Teacher
 
 
@@ -63,7 +63,7 @@ class PreferenceRunner(FinetuneRunner):
         labels = inputs["labels"][:, 1:]
         chosen = labels != -100
         with self.run.precision():
-            states = final_states(self.run.model, inputs)[:, :-1][chosen]
+            states = self.decoder(inputs["input_ids"], inputs["position_ids"])[:, :-1][chosen]
         return states, labels[chosen], chosen, self.kept.read(rows)["reference"].to(self.run.device)
 
     def _token_losses(self, states: Tensor, targets: Tensor, part: slice) -> Tensor:

@@ -1,0 +1,102 @@
+"""Less host time for long stages on a GPU: compiled decoder layers, and a small model's passes as CUDA graphs.
+
+A pass of a small model is thousands of launches, which take the host longer than the GPU. Compiling makes them fewer;
+a graph replays them all at once. Neither pays for a short stage, since both take half a minute to make.
+
+Legend: B rows, T tokens a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linearize.modeling.classes import layers_of, packed_inputs
+
+PASSES = 300  # of a stage, from which on making them pays
+GRAPHED = 2_000_000_000  # parameters up to which the host is the slower side
+
+
+def decoder_states(decoder: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the states [B, T, hidden] that the output embedding of a decoder's model reads.
+
+    Args:
+        decoder: of a teacher or a student.
+        input_ids: [B, T].
+        position_ids: [B, T], which count from 0 in each document.
+    """
+    given = packed_inputs(decoder.config, {"input_ids": input_ids, "position_ids": position_ids})
+    states: Tensor = decoder(**given, use_cache=False).last_hidden_state
+    return states
+
+
+class _Decoder(nn.Module):
+    """A decoder as a function of two tensors, as capture wants it."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return decoder_states(self.decoder, input_ids, position_ids)
+
+
+class FastDecoder:
+    """A decoder that trains: `decoder_states` of it, compiled and captured where that pays.
+
+    Args:
+        model: the student, with adapters in and parameters marked as trained or not.
+        passes: forward and backward passes that the stage will make.
+        graph: capture the pass, where the model is small.
+    """
+
+    def __init__(self, model: Any, passes: int, graph: bool = True) -> None:
+        self.decoder = model.get_decoder()
+        self.layers: list[nn.Module] = []
+        self.graphed: Any = None
+        self.shape: torch.Size | None = None
+        if next(model.parameters()).device.type != "cuda" or passes < PASSES:
+            self.captures = False
+            return
+        self.layers = list(layers_of(model))
+        self.captures = graph and sum(p.numel() for p in self.decoder.parameters()) <= GRAPHED
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Return the final states [B, T, hidden]; with gradients, they are valid until the next call."""
+        if self.captures and torch.is_grad_enabled() and self.shape is None:
+            self._capture(input_ids, position_ids)
+        if self.graphed is None or input_ids.shape != self.shape or not torch.is_grad_enabled():
+            return decoder_states(self.decoder, input_ids, position_ids)
+        for parameter in self.decoder.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # else it would become the graph's own buffer
+                parameter.grad = torch.zeros_like(parameter)
+        states: Tensor = self.graphed(input_ids, position_ids)
+        return states
+
+    def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        self.shape = input_ids.shape
+        try:
+            self.graphed = torch.cuda.make_graphed_callables(
+                _Decoder(self.decoder).train(), (input_ids, position_ids), allow_unused_input=True
+            )
+        except RuntimeError as error:
+            warnings.warn(f"No CUDA graph of a training pass, which is slower without: {error}", stacklevel=2)
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Run a forward pass as training does, so that nothing is compiled anew, and without a backward pass."""
+        with torch.set_grad_enabled(self.graphed is not None or bool(self.layers)):
+            yield
+
+    def close(self) -> None:
+        """Leave the layers as they were, and let the graph's memory go."""
+        self.graphed = None
+        for layer in self.layers:
+            layer._compiled_call_impl = None

@@ -91,6 +91,13 @@ class StageRunner(ABC):
             return seen
         return seen.joined(self.run.corpus.held_out[:PLATEAU_ROWS])
 
+    def passes(self) -> int:
+        """Return how many forward and backward passes the stage makes."""
+        settings = self.settings
+        micro = settings.micro_batch or settings.batch
+        steps: int = settings.steps(self.run.corpus.train.length)
+        return steps * -(-int(settings.batch) // int(micro))
+
     @abstractmethod
     def prepare(self) -> dict[str, nn.Parameter]:
         """Set the model up and return what trains, by name."""

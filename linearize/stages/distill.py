@@ -48,9 +48,9 @@ class DistillRunner(FinetuneRunner):
             self.teacher = Teacher(self.run, self.settings.teacher_device)
         return super().prepare()
 
-    def _passes(self) -> int:
-        """As in `FinetuneRunner`; layers whose outputs are watched stay as they are."""
-        return 0 if self.settings.hidden else super()._passes()
+    def passes(self) -> int:
+        """As for every stage; layers whose outputs are watched stay as they are."""
+        return 0 if self.settings.hidden else super().passes()
 
     def finish(self) -> None:
         """Let the teacher go, and leave the model ready."""

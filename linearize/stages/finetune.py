@@ -73,14 +73,8 @@ class FinetuneRunner(StageRunner):
             parameter.requires_grad_(True)
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.decoder = FastDecoder(model, self._passes(), graph=not self.settings.gradient_checkpointing)
+        self.decoder = FastDecoder(model, self.passes(), graph=not self.settings.gradient_checkpointing)
         return trained
-
-    def _passes(self) -> int:
-        """Forward and backward passes of the stage through the whole decoder."""
-        settings = self.settings
-        micro = settings.micro_batch or settings.batch
-        return settings.steps(self.run.corpus.train.length) * -(-settings.batch // micro)  # type: ignore[no-any-return]
 
     def _targets(self) -> list[str]:
         return lora_targets(self.run.model, self.settings.lora.targets)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class FastDecoder:
                 _Decoder(self.decoder).train(), (input_ids, position_ids), allow_unused_input=True
             )
         except RuntimeError as error:
-            warnings.warn(f"No CUDA graph of a training pass, which is slower without: {error}", stacklevel=2)
+            _warn(error)
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -100,3 +100,61 @@ class FastDecoder:
         self.graphed = None
         for layer in self.layers:
             layer._compiled_call_impl = None
+
+
+class FastPass:
+    """A function that leaves gradients in parameters, replayed as a CUDA graph from its third call on.
+
+    Args:
+        function: of tensors on the GPU; returns one. All that it does besides must be the same at every call.
+        parameters: whose gradients it adds to.
+        passes: calls that the stage will make.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], parameters: list[nn.Parameter], passes: int) -> None:
+        self.function = function
+        self.parameters = parameters
+        self.eager_calls = 2 if passes >= PASSES and all(p.is_cuda for p in parameters) else -1
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.given: tuple[Tensor, ...] = ()
+        self.gradients: list[Tensor] = []
+        self.result = torch.zeros(())
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """Return what the function returns; valid until the next call."""
+        if self.eager_calls == 0:
+            self.eager_calls = -1
+            self._capture(given)
+        if self.graph is None or any(a.shape != b.shape for a, b in zip(given, self.given, strict=True)):
+            self.eager_calls -= self.eager_calls > 0
+            return self.function(*given)
+        for mine, tensor in zip(self.given, given, strict=True):
+            mine.copy_(tensor)
+        fresh = [g for p, g in zip(self.parameters, self.gradients, strict=True) if p.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self.graph.replay()
+        return self.result
+
+    def _capture(self, given: tuple[Tensor, ...]) -> None:
+        self.given = tuple(tensor.clone() for tensor in given)
+        before = [parameter.grad for parameter in self.parameters]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.result = self.function(*self.given)
+            self.graph = graph
+        except RuntimeError as error:
+            _warn(error)
+        for parameter, earlier, kept in zip(self.parameters, before, self.gradients, strict=True):
+            parameter.grad = None if earlier is None else kept.copy_(earlier)
+
+
+def _warn(error: RuntimeError) -> None:
+    warnings.warn(f"No CUDA graph of a training pass, which is slower without: {error}", stacklevel=3)

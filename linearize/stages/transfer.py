@@ -27,6 +27,7 @@ from linearize.stages.adapters import add_lora, attention_targets, lora_paramete
 from linearize.stages.base import Run, StageRunner
 from linearize.stages.blocks import BlockInputs, only
 from linearize.stages.maps import check_map, map_cross_entropy
+from linearize.stages.speed import FastPass
 
 
 class TransferLayer(nn.Module):
@@ -44,7 +45,7 @@ class TransferLayer(nn.Module):
         self.student = student
         self.settings = settings
         self.context = SequenceContext()
-        self.share = 1.0
+        self.share: float | Tensor = 1.0
         self.stopped = False
         self.loss = torch.zeros(())
 
@@ -128,6 +129,7 @@ class TransferRunner(StageRunner):
         self.blocks = [range(i, min(i + settings.block, count)) for i in range(0, count, settings.block)]
         self.patience: dict[int, tuple[float, int]] = {}
         self.inputs: BlockInputs | None = None
+        self.fast: FastPass | None = None
 
     def prepare(self) -> dict[str, nn.Parameter]:
         """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name.
@@ -155,6 +157,8 @@ class TransferRunner(StageRunner):
         if self.settings.order == "layerwise":
             batch = self.settings.micro_batch or self.settings.batch
             self.inputs = BlockInputs(self.rows_seen(), self.blocks, self._advance, batch)
+        elif self.settings.block == 1 and self.settings.patience is None:
+            self.fast = FastPass(self._whole, list(trained.values()), self.passes())
         return trained
 
     @property
@@ -178,17 +182,34 @@ class TransferRunner(StageRunner):
             groups.setdefault(int(name.split(".")[1]) // self.settings.block, []).append(parameter)
         return list(groups.values())
 
-    def _arguments(self, rows: PackedRows) -> dict[str, Any]:
-        inputs = rows.inputs(self.run.device)
-        inputs.pop("labels")
-        return {**packed_inputs(self.run.model.config, inputs), "use_cache": False}
+    def _arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        given = {name: inputs[name] for name in ("input_ids", "position_ids")}
+        return {**packed_inputs(self.run.model.config, given), "use_cache": False}
 
-    def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> dict[int, float]:
-        """Run rows, or the block whose turn it is, and return the loss of each layer that was run."""
-        context = sequence_context(len(rows), rows.length, None, rows.inputs(self.run.device)["position_ids"], None)
+    def _set(self, positions: Tensor, training: bool, share: float | Tensor) -> None:
+        """Tell the layers about a pass over rows with these position ids."""
+        batch, length = positions.shape
+        context = sequence_context(batch, length, None, positions, None)
         for layer in self.layers.values():
             layer.share, layer.context = share, context
             layer.train(training)
+
+    def _whole(self, input_ids: Tensor, position_ids: Tensor, share: Tensor) -> Tensor:
+        """Train every layer on rows [B, T] that have `share` [] of a batch, and return the losses [layers]."""
+        self._set(position_ids, True, share)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        with self.surgery.installed({**self.surgery.teachers, **self.layers}), torch.no_grad(), self.run.precision():
+            self.decoder(**self._arguments(inputs))
+        return torch.stack([layer.loss for layer in self.layers.values()])
+
+    def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> dict[int, float]:
+        """Run rows, or the block whose turn it is, and return the loss of each layer that was run."""
+        inputs = rows.inputs(self.run.device)
+        if training and self.fast is not None:
+            part = torch.tensor(share, device=self.run.device)
+            every = self.fast(inputs["input_ids"], inputs["position_ids"], part)
+            return dict(zip(self.layers, every.tolist(), strict=True))
+        self._set(inputs["position_ids"], training, share)
         place = None if self.inputs is None or not training else self.inputs.place
         hidden = None if place is None else self._input(rows)
         if self.settings.block == 1:
@@ -212,10 +233,10 @@ class TransferRunner(StageRunner):
         """Run the decoder, or a block of it from its input (None: what is embedded), and return the block's output."""
         with self.run.precision():
             if block is None:
-                self.decoder(**self._arguments(rows))
+                self.decoder(**self._arguments(rows.inputs(self.run.device)))
                 return None
             with only(self.run.model, block, hidden) as outputs:
-                self.decoder(**self._arguments(rows))
+                self.decoder(**self._arguments(rows.inputs(self.run.device)))
             return outputs[0]
 
     def _advance(self, rows: PackedRows, block: range, hidden: Tensor | None) -> Tensor:
@@ -304,7 +325,7 @@ class TransferRunner(StageRunner):
 
     def finish(self) -> None:
         """Merge adapters into projections of the mixers' own and leave the teacher's as they are."""
-        self.inputs = None
+        self.inputs = self.fast = None
         for layer in self.layers.values():
             layer.student.context = None
             merge_lora(layer.student)

@@ -51,7 +51,8 @@ def _states(
     state = tl.zeros([BK, BV], tl.float32)
     norm = tl.zeros([BK], tl.float32)
     kept = tl.full([BK], 1.0, tl.float32)
-    columns = tl.zeros([BK, C], tl.float32)  # of the norm: summed at the end, see below
+    # The norm is `norm` and the sum of `columns`: Triton 3.6 fails to compile some loop-carried sums of a reduction.
+    columns = tl.zeros([BK, C], tl.float32)
     if INIT and not SUMMARY:
         state = tl.load(state_0 + row * K * V + tile, mask=in_tile, other=0.0).to(tl.float32)
         if NORM:
@@ -69,7 +70,7 @@ def _states(
         if not SUMMARY:
             tl.store(states + (row * N + n) * K * V + tile, state.to(states.dtype.element_ty), mask=in_tile)
             if NORM:
-                tl.store(norms + (row * N + n) * K + ks, norm, mask=ks + i_v * K < K)
+                tl.store(norms + (row * N + n) * K + ks, norm + tl.sum(columns, 1), mask=ks + i_v * K < K)
         begin = n * C
         t = begin + c
         first = tl.full([], 0, tl.int64)
@@ -118,12 +119,7 @@ def _states(
             kept *= decay
             columns *= decay
         if NORM:
-            # Triton 3.6 fails to compile a loop-carried sum of a reduction in some layouts, all the more where nothing
-            # in the loop reads it.
-            if SUMMARY:
-                columns += k_T.to(tl.float32)
-            else:
-                norm = tl.fma(norm, tl.full([BK], 1.0, tl.float32), tl.sum(k_T.to(tl.float32), 1))
+            columns += k_T.to(tl.float32)
         state += tl.dot(_cast(k_T, DT, HALF), _cast(v_C, DT, HALF), input_precision=PREC)
     if SUMMARY:
         part = row * SEGMENTS + i_s
@@ -135,7 +131,7 @@ def _states(
         past = (SEGMENTS - 1 - i_s) * K  # added to an index, it masks the store of all but the last segment
         tl.store(state_T + row * K * V + tile, state, mask=in_tile & (ks + past < K)[:, None])
         if NORM:
-            tl.store(norm_T + row * K + ks, norm, mask=ks + i_v * K + past < K)
+            tl.store(norm_T + row * K + ks, norm + tl.sum(columns, 1), mask=ks + i_v * K + past < K)
 
 
 @triton.jit(do_not_specialize=["T", "G", "N"])

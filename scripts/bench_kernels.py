@@ -268,6 +268,10 @@ def checks(full: bool) -> Iterator[tuple[str, torch.dtype, Callable[[], dict[str
             shape = (2, 150, 8, 2, dim, dim)
             run = partial(linear_errors, gate, dtype, *shape, packed=True, normalizer=True)
             yield f"linear {gate} packed {shape}", dtype, run
+            shape = (2, 90, 8, 2, min(2 * dim, 256), dim)  # one document a row, features twice as wide as values
+            run = partial(linear_errors, gate, dtype, *shape, normalizer=True)
+            yield f"linear {gate} normalizer {shape}", dtype, run
+            shape = (2, 150, 8, 2, dim, dim)
             if gate in ("scalar", "vector"):
                 run = partial(linear_errors, gate, dtype, *shape, exact_gates=True)
                 yield f"linear {gate} fp32 gates {shape}", dtype, run

@@ -68,6 +68,9 @@ class RunDisplay:
         if kind in ("resume", "damaged"):  # above the bar of the stage that it is about
             self.console.print(escape(_checkpoint_words(event)))
             return
+        if kind == "memory":
+            self.console.print(f"Memory is full: {event['rows']} rows at a time from now on")
+            return
         self.close()
         if kind == "load":
             self.console.print(f"Loading {escape(event['model'])}")

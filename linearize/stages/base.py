@@ -82,6 +82,7 @@ class StageRunner(ABC):
         self.settings = settings
         self.run = run
         self.seed = run.seed
+        self.micro: int = settings.micro_batch or settings.batch
 
     def rows_seen(self) -> PackedRows:
         """Return the rows that the stage trains on, and those of its held-out loss where it reads that."""
@@ -93,10 +94,12 @@ class StageRunner(ABC):
 
     def passes(self) -> int:
         """Return how many forward and backward passes the stage makes."""
-        settings = self.settings
-        micro = settings.micro_batch or settings.batch
-        steps: int = settings.steps(self.run.corpus.train.length)
-        return steps * -(-int(settings.batch) // int(micro))
+        steps: int = self.settings.steps(self.run.corpus.train.length)
+        return steps * -(-int(self.settings.batch) // self.micro)
+
+    def shrink(self) -> None:
+        """Take half as many rows at a time from now on, because these did not fit into memory."""
+        self.micro = max(1, self.micro // 2)
 
     @abstractmethod
     def prepare(self) -> dict[str, nn.Parameter]:
@@ -225,7 +228,7 @@ def train(
                     torch.manual_seed(seed + progress.step)
                     progress.schedule(step, steps)
                     batch = runner.batch(next(source))
-                    losses = _accumulate(runner, batch, settings.micro_batch or settings.batch)
+                    losses = _gradients(runner, batch, trained)
                     norms = layer_norms(trained)
                     norm = clip(groups, settings.optimizer.clip)
                     fit = progress.spikes.fit(losses["loss"], norm)
@@ -388,6 +391,21 @@ class Progress:
         self.spikes.resume(state["spikes"])
         kept: dict[str, Any] = state["runner"]
         return kept
+
+
+def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Parameter]) -> dict[str, Any]:
+    """Put the gradients of a batch into what trains, as many rows at a time as memory holds; return its losses."""
+    while True:
+        try:
+            return _accumulate(runner, rows, runner.micro)
+        except torch.OutOfMemoryError:
+            if runner.micro == 1:
+                raise
+        runner.shrink()
+        for parameter in trained.values():
+            parameter.grad = None
+        torch.cuda.empty_cache()
+        runner.run.tell({"event": "memory", "rows": runner.micro})
 
 
 def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, Any]:

@@ -76,6 +76,11 @@ class FinetuneRunner(StageRunner):
         self.decoder = FastDecoder(model, self.passes(), graph=not self.settings.gradient_checkpointing)
         return trained
 
+    def shrink(self) -> None:
+        """As for every stage; what was captured of a larger pass goes."""
+        super().shrink()
+        self.decoder.forget()
+
     def _targets(self) -> list[str]:
         return lora_targets(self.run.model, self.settings.lora.targets)
 
@@ -145,9 +150,9 @@ class FinetuneRunner(StageRunner):
     @torch.no_grad()
     def held_out_loss(self, rows: PackedRows) -> float:
         """Return the mean loss of the rows, each row with the same weight."""
-        total, size = 0.0, self.settings.micro_batch or self.settings.batch
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
+        total = 0.0
+        for begin in range(0, len(rows), self.micro):
+            part = rows[begin : begin + self.micro]
             with self.decoder.evaluated():
                 states, targets, beside, reference = self._forward(part)
             losses = torch.cat(list(self._chunk_losses(states.detach(), targets, reference)))

@@ -95,6 +95,10 @@ class FastDecoder:
         with torch.set_grad_enabled(self.graphed is not None or bool(self.layers)):
             yield
 
+    def forget(self) -> None:
+        """Let the graph go; the next pass is captured anew."""
+        self.graphed = self.shape = None
+
     def close(self) -> None:
         """Leave the layers as they were, and let the graph's memory go."""
         self.graphed = None

@@ -155,8 +155,7 @@ class TransferRunner(StageRunner):
             self.layers[index] = TransferLayer(teacher, student, self.settings)
             self.trained[index] = list(own.values())
         if self.settings.order == "layerwise":
-            batch = self.settings.micro_batch or self.settings.batch
-            self.inputs = BlockInputs(self.rows_seen(), self.blocks, self._advance, batch)
+            self.inputs = BlockInputs(self.rows_seen(), self.blocks, self._advance, self.micro)
         elif self.settings.block == 1 and self.settings.patience is None:
             self.fast = FastPass(self._whole, list(trained.values()), self.passes())
         return trained
@@ -165,6 +164,12 @@ class TransferRunner(StageRunner):
     def rounds(self) -> int:
         """How often the stage's steps run: once, or layerwise once for each block that has something to train."""
         return len(self._turns()) if self.inputs is not None else 1
+
+    def shrink(self) -> None:
+        """As for every stage; a captured pass is made anew."""
+        super().shrink()
+        if self.fast is not None:
+            self.fast = FastPass(self._whole, self.fast.parameters, self.passes())
 
     def _turns(self) -> list[int]:
         """The blocks that have something to train."""

@@ -11,7 +11,7 @@ from linearize.errors import LinearizeError
 from linearize.modeling.classes import packed_inputs
 from linearize.recipe import Distill, Finetune, Lora, Mixer, Optimizer, Recipe, Stage, Transfer
 from linearize.stages import run_stage
-from linearize.stages.base import Progress, learning_rate
+from linearize.stages.base import Progress, learning_rate, train
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
 from linearize.stages.teachers import Teacher
@@ -484,3 +484,25 @@ def test_a_second_stage_of_adapters_warns_of_nothing(make_run, recwarn) -> None:
         run_stage(Finetune(tokens=96, batch=2, optimizer=FAST), run, name)
         run_stage(Transfer(train="qk", tokens=96, batch=2, optimizer=FAST), run, f"transfer-{name}")
     assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_cut_and_gives_the_same_weights(make_run) -> None:
+    ends, told = [], []
+    for fits in (4, 1):
+        run = make_run(LIGER, folder=str(fits))
+        run.tell = told.append
+        settings = Finetune(tokens=48 * 4 * 3, batch=4, lora=Lora(r=2, alpha=4), optimizer=FAST)
+        runner = FinetuneRunner(settings, run)
+        plain = runner.backward
+
+        def backward(rows, share, plain=plain, fits=fits):
+            if len(rows) > fits:
+                raise torch.OutOfMemoryError("simulated")
+            return plain(rows, share)
+
+        runner.backward = backward
+        train(runner, "finetune")
+        ends.append({name: t.clone() for name, t in run.model.state_dict().items()})
+    assert [event["rows"] for event in told if event["event"] == "memory"] == [2, 1]
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-5)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -380,19 +381,46 @@ def compare(
 @app.command()
 def generate(
     folder: Folder,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 128,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue, or the first message.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Keep a conversation: a line of standard input is a message.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text or of an answer.")] = 128,
     device: Device = None,
 ) -> None:
-    """Continue a prompt with a finished model, word by word."""
-    from linearize import api
+    """Continue a prompt with a finished model, word by word; speed and bytes of its state go to standard error."""
+    if prompt is None and not chat:
+        raise LinearizeError("There is nothing to continue. Give a prompt behind the folder, or --chat to talk.")
     from linearize.display import quiet_libraries
+    from linearize.generation import Writer
 
     quiet_libraries()
-    for piece in api.generate_text(folder, prompt, max_new_tokens=max_new_tokens, device=device):
-        typer.echo(piece, nl=False)
-        sys.stdout.flush()
-    typer.echo()
+    writer = Writer(folder, max_new_tokens=max_new_tokens, device=device)
+    write = writer.answer if chat else writer.text
+    try:
+        for message in _messages(prompt, chat):
+            for piece in write(message):
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            typer.echo()
+            typer.echo(writer.report(), err=True)
+    except KeyboardInterrupt:
+        typer.echo()
+        raise typer.Exit(130) from None
+
+
+def _messages(first: str | None, more: bool) -> Iterator[str]:
+    """Yield the first message, then lines of standard input until it ends."""
+    if first is not None:
+        yield first
+    while more:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 @app.command()

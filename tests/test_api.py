@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import yaml_io
-from linearize.api import generate_text, linearize, load, plan
+from linearize.api import linearize, load, plan
 from linearize.errors import LinearizeError
 from linearize.eval import kv_cache_bytes
 from linearize.evaluation import evaluate_folder
+from linearize.generation import generate_text
 from linearize.hub import written_files
 from linearize.recipe import Recipe
 

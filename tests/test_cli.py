@@ -158,6 +158,10 @@ def test_plan_takes_every_setting(capsys: pytest.CaptureFixture[str], tiny: str)
         (["cp", "liger", "mine.txt"], [".yaml"]),
         (["eval", "no/such/folder"], ["no/such/folder"]),
         (["generate", "no/such/folder", "hello"], ["no/such/folder"]),
+        (["push", "no/such/folder", "me/model"], ["no/such/folder", "it has no config.json"]),
+        (["push", "no/such/folder", "model", "--dry-run"], ["'model'", "owner/name"]),
+        (["push", "no/such/folder", "me/model", "--revision", "a b", "--dry-run"], ["'a b'", "branch"]),
+        (["psh", "x", "me/model"], ["'psh'", "Did you mean 'push'"]),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]) -> None:

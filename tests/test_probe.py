@@ -9,10 +9,11 @@ import yaml
 
 from linearize import api
 from linearize import probe as probing
-from linearize.api import generate_text, linearize, load, plan
+from linearize.api import linearize, load, plan
 from linearize.errors import LinearizeError
 from linearize.eval.recall import Sample, score
 from linearize.evaluation import evaluate_folder
+from linearize.generation import generate_text
 from linearize.head_scores import ProbeScores, UnitScore, choose_heads, choose_layers, halo_scores, with_halo
 from linearize.mixers.exact import ExactAttention
 from linearize.mixers.mixer import TokenMixer

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from linearize.api import generate_text, linearize, load
+from linearize.api import linearize, load
 from linearize.errors import LinearizeError
 from linearize.evaluation import evaluate_folder
+from linearize.generation import generate_text
 from linearize.mixers.mixer import TokenMixer
 from linearize.modeling.classes import packed_inputs
 from linearize.recipe import Recipe, recipe_names

@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoTokenizer
 
 from linearize import cli
-from linearize.api import generate_text, linearize, load
+from linearize.api import linearize, load
+from linearize.generation import generate_text
 
 from .conftest import TOKEN
 

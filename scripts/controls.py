@@ -23,6 +23,7 @@ from linearize.report import quality_cells, rich_table
 from linearize.report.table import markdown_table
 from linearize.teacher import load_teacher, resolve
 
+RECIPES = ("liger", "lolcats", "supra", "mamba", "gdn")
 CONTROLS = ("control/softmax-lora", "control/window-only")
 
 
@@ -30,14 +31,19 @@ def main() -> None:
     """Run recipes and controls on the same data and tokens, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--recipes", nargs="+", default=["liger", "lolcats"])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--output", type=Path, default=Path("out"))
     parser.add_argument("overrides", nargs="*", default=[])
     given = parser.parse_args()
     quiet_libraries()
+    teacher, tokenizer, _ = load_teacher(resolve(given.model), torch.float32, "cpu")
     rows: list[dict[str, Any]] = []
     for recipe in given.recipes:
-        rows += recipe_rows(given.model, recipe, given.output, given.overrides, with_teacher=not rows)
+        results = run(given.model, recipe, given.output, given.overrides)
+        rows += named_rows(results, recipe, with_teacher=not rows)
+        prepared = Recipe.resolve(recipe).prepare(quick=True, overrides=given.overrides)
+        reference = TeacherReference(teacher, same_corpus(prepared, tokenizer, results).held_out)
+        rows.append(silenced_row(folder_of(recipe, given.output), reference, f"{recipe} with its memory zeroed"))
     for control in CONTROLS:
         result = run(given.model, control, given.output, given.overrides)
         rows.append({**result["rows"][-1], "name": control, "control": True})
@@ -59,20 +65,17 @@ def folder_of(recipe: str, output: Path) -> Path:
     return output / ("demo" if recipe == "liger" else recipe.replace("/", "-"))
 
 
-def recipe_rows(
-    model: str, recipe: str, output: Path, overrides: list[str], with_teacher: bool
-) -> list[dict[str, Any]]:
-    """Return a recipe's rows, with the row of its student whose memory is silenced behind them."""
-    results = run(model, recipe, output, overrides)
+def named_rows(results: dict[str, Any], recipe: str, with_teacher: bool) -> list[dict[str, Any]]:
+    """Return the rows of a run, each under its recipe's name, with the teacher's in front or without it."""
     rows = [row for row in results["rows"] if row["name"] != "teacher" or with_teacher]
-    rows = [row if row["name"] == "teacher" else {**row, "name": f"{recipe} {row['name']}"} for row in rows]
-    teacher, tokenizer, _ = load_teacher(resolve(model), torch.float32, "cpu")
-    corpus = same_corpus(Recipe.resolve(recipe).prepare(quick=True, overrides=overrides), tokenizer, results)
-    reference = TeacherReference(teacher, corpus.held_out)
-    student = api.load(folder_of(recipe, output), dtype=torch.float32).eval()
+    return [row if row["name"] == "teacher" else {**row, "name": f"{recipe} {row['name']}"} for row in rows]
+
+
+def silenced_row(folder: Path, reference: TeacherReference, name: str) -> dict[str, Any]:
+    """Return the row of a finished student whose memory is silenced."""
+    student = api.load(folder, dtype=torch.float32).eval()
     with memory_silenced(student):
-        quality = evaluate(student, corpus.held_out, reference)
-    return [*rows, {**quality.row(f"{recipe} with its memory zeroed"), "control": True}]
+        return {**evaluate(student, reference.rows, reference).row(name), "control": True}
 
 
 def same_corpus(recipe: Recipe, tokenizer: Any, results: dict[str, Any]) -> Corpus:

@@ -53,8 +53,7 @@ def test_controls_train_as_liger_does() -> None:
         control = Recipe.from_yaml(name)
         assert control.data == liger.data
         assert control.quick == liger.quick
-        assert control.stages[-1].lora == liger.stages[-1].lora
-        assert control.stages[-1].optimizer == liger.stages[-1].optimizer
+        assert control.stages[-1].model_copy(update={"tokens": liger.stages[-1].tokens}) == liger.stages[-1]
         assert sum(s.tokens for s in control.stages) == sum(s.tokens for s in liger.stages)
 
 

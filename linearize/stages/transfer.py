@@ -25,7 +25,7 @@ from linearize.recipe import TRAINED_PROJECTIONS, Transfer
 from linearize.stages import base
 from linearize.stages.adapters import add_lora, attention_targets, lora_parameters, merge_lora
 from linearize.stages.base import Run, StageRunner
-from linearize.stages.blocks import BlockInputs, only
+from linearize.stages.blocks import BlockInputs, decoder_arguments, only
 from linearize.stages.maps import check_map, map_cross_entropy
 from linearize.stages.speed import FastPass
 
@@ -154,11 +154,16 @@ class TransferRunner(StageRunner):
                 trained[f"layers.{index}.{name}"] = parameter
             self.layers[index] = TransferLayer(teacher, student, self.settings)
             self.trained[index] = list(own.values())
-        if self.settings.order == "layerwise":
-            self.inputs = BlockInputs(self.rows_seen(), self.blocks, self._advance, self.micro)
-        elif self.settings.block == 1 and self.settings.patience is None:
+        self.inputs = self.block_inputs()
+        if self.inputs is None and self.settings.block == 1 and self.settings.patience is None:
             self.fast = FastPass(self._whole, list(trained.values()), self.passes())
         return trained
+
+    def block_inputs(self) -> BlockInputs | None:
+        """Return the teacher's hidden states, block by block, where blocks train one after the other."""
+        if self.settings.order != "layerwise":
+            return None
+        return BlockInputs(self.rows_seen(), self.blocks, self._advance, self.micro)
 
     @property
     def rounds(self) -> int:
@@ -230,9 +235,8 @@ class TransferRunner(StageRunner):
         return dict(zip(ran, losses, strict=True))
 
     def _input(self, rows: PackedRows) -> Tensor | None:
-        """What is kept of the rows at the entry of the block whose turn it is; None at the first."""
-        hidden = None if self.inputs is None else self.inputs.read(rows)
-        return None if hidden is None else hidden.to(self.run.device)
+        """What is kept of the rows at the entry of the block whose turn it is."""
+        return None if self.inputs is None else self.inputs.read(rows).to(self.run.device)
 
     def _run(self, rows: PackedRows, block: range | None, hidden: Tensor | None) -> Tensor | None:
         """Run the decoder, or a block of it from its input (None: what is embedded), and return the block's output."""
@@ -241,7 +245,7 @@ class TransferRunner(StageRunner):
                 self.decoder(**self._arguments(rows.inputs(self.run.device)))
                 return None
             with only(self.run.model, block, hidden) as outputs:
-                self.decoder(**self._arguments(rows.inputs(self.run.device)))
+                self.decoder(**decoder_arguments(self.run.model, rows, self.run.device, hidden))
             return outputs[0]
 
     def _advance(self, rows: PackedRows, block: range, hidden: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import linearize.modeling  # noqa: F401  (registers the classes that a converted model becomes)
 from linearize.errors import LinearizeError
-from linearize.mixers.attention import sharing
+from linearize.mixers.attention import LinearizedAttention, sharing
 from linearize.mixers.check import check_mixer
 from linearize.modeling.classes import classes_for, family_of, replace_attention
 from linearize.registry import families
@@ -73,6 +73,18 @@ class Surgery:
                     parent, _, last = name.rpartition(".")
                     setattr(student.get_submodule(parent), last, copy.deepcopy(child))
 
+    @property
+    def arranged(self) -> list[int]:
+        """The layers whose KV heads stand in another order than the teacher's."""
+        return [layer for layer, order in self._orders.items() if order != sorted(order)]
+
+    def arrange(self, layer: int) -> None:
+        """Put the KV heads of a layer, whose teacher's weights were just loaded, into the student's order."""
+        if layer in self._orders:
+            family = family_of(self.model.config)
+            heads, _, head_dim = family.heads(self.teachers[layer], self.model.config)
+            family.permute(self.teachers[layer], self._orders[layer], heads, head_dim)
+
     def only(self, layers: Iterable[int]) -> Surgery:
         """Return the surgery as if it had converted these layers alone; the model is the same object."""
         chosen = {index: teacher for index, teacher in self.teachers.items() if index in set(layers)}
@@ -124,6 +136,7 @@ def convert(
     mixer: dict[str, Any],
     layers: list[int] | None = None,
     exact_heads: list[tuple[int, int]] | None = None,
+    on_new: Callable[[int, LinearizedAttention], None] = lambda index, module: None,
 ) -> Surgery:
     """Replace attention on `layers` of a causal language model, in place.
 
@@ -134,6 +147,7 @@ def convert(
         mixer: the recipe's `mixer` as plain data.
         layers: which layers; by default those that the family names (all, but Gemma's local layers stay).
         exact_heads: (layer, KV head) pairs that keep full softmax attention.
+        on_new: called with each layer and its new module, in order, before the next is made.
 
     Returns:
         The surgery; `.model` is the converted model, `.undo()` reverts it.
@@ -172,15 +186,14 @@ def convert(
         "exact_heads": {str(layer): sorted(set(kept)) for layer, kept in exact.items()},
     }
     try:
-        teachers = replace_attention(model, config)
+        teachers = replace_attention(model, config, on_new)
     except Exception:  # the model is still the teacher; only its configuration is not
         config.__class__ = before[2]
         del config.linearize
         raise
     model.__class__ = made.lm
-    orders = {}
-    for layer, kept in exact.items():
-        heads, groups, head_dim = family.heads(teachers[layer], config)
-        orders[layer] = sorted(set(kept)) + [g for g in range(groups) if g not in kept]
-        family.permute(teachers[layer], orders[layer], heads, head_dim)
-    return Surgery(model, teachers, before, orders)
+    orders = {layer: sorted(set(kept)) + [g for g in range(groups) if g not in kept] for layer, kept in exact.items()}
+    surgery = Surgery(model, teachers, before, orders)
+    for layer in orders:
+        surgery.arrange(layer)
+    return surgery

@@ -148,6 +148,18 @@ def fetch(source: TeacherSource) -> Files:
     return from_folder(Path(source.location))
 
 
+def local_config(files: Files, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the config of a teacher whose files are here, checked against its weights.
+
+    Raises:
+        LinearizeError: it holds no language model that can be linearized, or another than the weights.
+    """
+    config = _config(files.folder, trust_remote_code)
+    held = sum(safetensors_elements(path) for path in files.folder.glob("*.safetensors"))
+    check_promise(config, held, str(files.folder))
+    return config
+
+
 def load_teacher(
     source: TeacherSource,
     dtype: torch.dtype,
@@ -171,16 +183,13 @@ def load_teacher(
     from linearize.registry import families
 
     files = fetch(source)
-    config = _config(files.folder, trust_remote_code)
-    held = sum(safetensors_elements(path) for path in files.folder.glob("*.safetensors"))
-    check_promise(config, held, str(files.folder))
-    capped = getattr(config, "attn_logit_softcapping", None)  # which SDPA does not have
+    config = local_config(files, trust_remote_code)
     known = config.model_type in families
     try:
         model, report = (auto_class(config.model_type) if known else AutoModelForCausalLM).from_pretrained(
             files.folder,
             dtype=dtype,
-            attn_implementation="eager" if capped else "sdpa",
+            attn_implementation=attention_kind(config),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             use_safetensors=True,
@@ -196,6 +205,11 @@ def load_teacher(
     tokenizer = _read(AutoTokenizer, files.folder, f"the tokenizer in {files.folder}")
     info = TeacherInfo(source.name, files.origin, files.revision, files.license, files.sha256, files.folder)
     return model.to(device).eval(), tokenizer, info
+
+
+def attention_kind(config: PretrainedConfig) -> str:
+    """Return which of transformers' implementations of attention a teacher runs: SDPA, which has no cap on scores."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def check_causal(config: PretrainedConfig, where: str) -> None:

@@ -22,6 +22,7 @@ SIZES = {
     "vocab_size": 2**26,
     "max_position_embeddings": 2**31,
 }
+METADATA = "__metadata__"
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -52,6 +53,19 @@ def check_safetensors(path: Path) -> None:
         safetensors_elements(path)
     except ValueError as error:
         raise LinearizeError(f"{path} is not a safetensors file or is damaged ({error}). Download it again.") from None
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Return which file of a model folder, which was checked, holds each tensor."""
+    return {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in header(file) if name != METADATA}
+
+
+def header(path: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file that was checked: dtype, shape and place of each tensor by its name."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        found: dict[str, Any] = json.loads(file.read(length))
+    return found
 
 
 def check_gguf(path: Path) -> None:

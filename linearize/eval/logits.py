@@ -34,6 +34,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model is; one of which a part at a time has its weights is where they are."""
+    return next(p.device for p in model.parameters() if p.device.type != "meta")
+
+
 def language_model(model: nn.Module) -> PreTrainedModel:
     """Return the Hugging Face model inside a peft wrapper, or the model itself."""
     unwrap: Any = getattr(model, "get_base_model", None)

@@ -19,6 +19,7 @@ from linearize.eval.logits import (
     ReadLogits,
     chunks,
     copy_head,
+    device_of,
     evaluation_mode,
     final_states,
     language_model,
@@ -54,7 +55,7 @@ class Labelled(NamedTuple):
 
 def labelled(model: nn.Module, rows: PackedRows) -> Labelled:
     """Return a batch's inputs and its labelled tokens."""
-    inputs = rows.inputs(next(model.parameters()).device)
+    inputs = rows.inputs(device_of(model))
     labels = inputs.pop("labels")
     after = rows.predicted().to(labels.device)
     mask = after if rows.masked else after.roll(-1, dims=1)
@@ -88,9 +89,10 @@ class TeacherReference:
         model: the teacher, before surgery.
         rows: the held-out rows.
         batch: rows at once; as many as fill 4,096 tokens by default.
+        own_head: copy the output embedding, which may train later.
     """
 
-    def __init__(self, model: nn.Module, rows: PackedRows, batch: int | None = None) -> None:
+    def __init__(self, model: nn.Module, rows: PackedRows, batch: int | None = None, *, own_head: bool = True) -> None:
         self.rows = rows
         self.states: list[Tensor] = []
         head = output_embedding(model)
@@ -101,13 +103,13 @@ class TeacherReference:
         tally = Tally(rows.length, with_teacher=True, rows=len(rows))
         size = batch_size(rows, batch)
         with evaluation_mode(model):
-            device = next(model.parameters()).device
+            device = device_of(model)
             for first in range(0, len(rows), size):
                 part = rows[first : first + size]
                 inputs, mask, targets, positions, places = labelled(model, part)
                 states, plain = final_states(model, inputs)
                 if first == 0 and plain:
-                    self.head = copy_head(head)
+                    self.head = copy_head(head) if own_head else head
                 if self.head is None:
                     states = model(**inputs, use_cache=False).logits
                 self.states += states[mask].cpu().split(mask.sum(1).tolist())
@@ -152,7 +154,7 @@ def evaluate(
     tally = Tally(rows.length, with_teacher=reference is not None, rows=len(rows))
     size = batch_size(rows, batch)
     with evaluation_mode(model):
-        device = next(model.parameters()).device
+        device = device_of(model)
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             inputs, mask, targets, positions, places = labelled(model, part)

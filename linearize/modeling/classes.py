@@ -7,6 +7,7 @@ teacher's}`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -200,12 +201,15 @@ def keep_cap(config: Any) -> None:
         config._attn_implementation = "eager"
 
 
-def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
+def replace_attention(
+    model: Any, config: Any, on_new: Callable[[int, LinearizedAttention], None] = lambda index, module: None
+) -> dict[int, nn.Module]:
     """Put a `LinearizedAttention` in the place of each converted layer's attention.
 
     Args:
         model: a causal language model of a known family, weights or meta.
         config: carries `linearize`.
+        on_new: called with each new module before the next is made.
 
     Returns:
         The attention modules that were replaced, by layer.
@@ -228,6 +232,7 @@ def replace_attention(model: Any, config: Any) -> dict[int, nn.Module]:
         if new.mixer is not None and like.device.type != "meta":
             new.mixer.to(device=like.device, dtype=like.dtype)
         replacements[index] = new.train(teacher.training)
+        on_new(index, new)
     for index, new in replacements.items():
         family.replace(decoder, index, new)
     decoder.__class__ = classes_for(settings["model_type"]).base

@@ -19,18 +19,19 @@ RUNNERS: dict[str, type[StageRunner]] = {
 }
 
 
-def run_stage(settings: Any, run: Run, name: str) -> dict[str, float]:
+def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = None) -> dict[str, float]:
     """Run one stage of a recipe to its end, or load what it ended with if it was run before.
 
     Args:
         settings: the stage, from the recipe.
         run: what the stages share; its model is changed in place.
         name: of the stage, unique in the run.
+        runner: runs the stage; by its kind if None.
 
     Returns:
         Tokens and seconds of training.
     """
-    runner = RUNNERS[settings.stage](settings, run)
+    runner = runner or RUNNERS[settings.stage](settings, run)
     ended = run.folder / f"{name}-ended"
     found, broken = checkpoint.load(ended), ended.with_name(f"{ended.name}.damaged")
     steps = settings.steps(run.corpus.train.length)

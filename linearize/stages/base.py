@@ -158,6 +158,11 @@ def is_mixer(name: str) -> bool:
     return ".mixer." in name
 
 
+def stage_seed(seed: int, name: str) -> int:
+    """Return the seed of a stage by that of the run."""
+    return seed * 1000 + sum(name.encode())
+
+
 def learning_rate(settings: Stage, step: int, steps: int, peak: float | None = None) -> float:
     """Return the scheduled learning rate of a step (cosine and constant; plateau starts from the peak).
 
@@ -196,7 +201,7 @@ def train(
         Stopped: a signal came; the checkpoint has all steps that were made.
     """
     run, settings = runner.run, runner.settings
-    seed = run.seed * 1000 + sum(name.encode())
+    seed = stage_seed(run.seed, name)
     torch.manual_seed(seed)
     runner.seed = seed
     trained = runner.prepare()

@@ -41,6 +41,7 @@ from linearize.recipe import Distill, Preference, Recipe, Transfer
 from linearize.report import draw_png, read_metrics, write_pages
 from linearize.report.track import tracker
 from linearize.stages import Run, run_stage
+from linearize.stream_plan import parse_layers
 from linearize.surgery import Surgery, convert
 from linearize.teacher import TeacherInfo, TeacherSource, base_model, load_config, load_teacher, local_folder, resolve
 
@@ -79,10 +80,16 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool = False
+    stream_layers: bool = False
+    layers: range | None = None
 
     def settings(self) -> dict[str, Any]:
         """Return what must be the same for a run to go on."""
+        streamed = {"stream_layers": True} if self.stream_layers else {}
+        part = {"layers": f"{self.layers.start}:{self.layers.stop}"} if self.layers is not None else {}
         return {
+            **streamed,
+            **part,
             "model": self.source.location,
             "revision": self.source.revision,
             "seed": self.seed,
@@ -104,6 +111,8 @@ def prepare_job(
     dtype: str | None = None,
     overrides: Iterable[str] = (),
     trust_remote_code: bool = False,
+    stream_layers: bool = False,
+    layers: str | None = None,
 ) -> Job:
     """Resolve and check everything that can be checked without loading weights; see `linearize` for the arguments."""
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
@@ -115,11 +124,13 @@ def prepare_job(
     kind = check_dtype(dtype or ("float32" if where.type == "cpu" else "bfloat16"))
     source = resolve(str(model))
     config = load_config(source, trust_remote_code)
-    plan = make_plan(chosen, config, model=source.name, dtype=kind)
+    stream = stream_layers or layers is not None
+    part = None if layers is None else parse_layers(layers, config.num_hidden_layers)
+    planned = partial(make_plan, config=config, model=source.name, dtype=kind, stream=stream, part=part)
+    plan = planned(chosen)
     if chosen.probed and chosen.probe.file is not None:
-        scores = ProbeScores.read(Path(chosen.probe.file))
-        plan = make_plan(resolve_heads(chosen, scores, config, kind), config, model=source.name, dtype=kind)
-    return Job(chosen, source, plan, seed, where, kind, trust_remote_code)
+        plan = planned(resolve_heads(chosen, ProbeScores.read(Path(chosen.probe.file)), config, kind))
+    return Job(chosen, source, plan, seed, where, kind, trust_remote_code, stream, part)
 
 
 def plan(model: str | Path, recipe: Recipe | str | Path, **settings: Any) -> Plan:
@@ -151,9 +162,10 @@ def linearize(
         push_to_hub: repository that gets the finished folder.
         track: `tensorboard` or `wandb`, besides metrics.jsonl.
         watch: called with every event of the run: `{"event": ..., ...}`.
-        **settings: data, tokens, quick, seed, device, dtype, overrides, trust_remote_code: `data` replaces the recipe's
-            source; `tokens` is the total over stages, split in the recipe's ratio; `quick` means builtin data and the
-            recipe's `quick` sizes; `overrides` are `key.path=value`.
+        **settings: data, tokens, quick, seed, device, dtype, overrides, trust_remote_code, stream_layers, layers:
+            `data` replaces the recipe's source; `tokens` is the total over stages, split in the recipe's ratio; `quick`
+            means builtin data and the recipe's `quick` sizes; `overrides` are `key.path=value`; `stream_layers` reads
+            the teacher layer by layer for transfer; `layers`, such as `0:10`, makes a part for `merge` of these.
 
     Returns:
         The folder and what was measured.
@@ -163,6 +175,8 @@ def linearize(
     """
     if push_to_hub is not None:
         check_repository(push_to_hub)
+        if settings.get("layers") is not None:
+            raise LinearizeError("--push-to-hub has nothing to push with --layers, which makes a part; push the merge.")
     try:
         job = prepare_job(model, recipe, **settings)
     except LinearizeError as error:
@@ -207,11 +221,17 @@ def load(folder: str | Path, **options: Any) -> Any:
 def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]:
     """Carry a job out in its work folder and leave the finished checkpoint in `work/final`."""
     began = time.time()
+    if job.stream_layers:
+        from linearize.streaming import run_streamed
+
+        results = run_streamed(job, work, watch, signals)
+        if results is not None:
+            return results
     watch({"event": "load", "model": job.source.name})
     model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
     workspace.same_teacher(work, info)
-    job, scores = _probed(job, model, tokenizer, work, watch)
-    corpus = _corpus(job, tokenizer, work)
+    job, scores = plan_probed(job, model, tokenizer, work, watch)
+    corpus = keep_corpus(job, tokenizer, work)
     pairs = _pairs(job, tokenizer, work)
     for part in (corpus, *pairs.values()):
         watch({"event": "data", "description": part.description})
@@ -234,11 +254,8 @@ def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]
         "recipe": job.recipe.name,
         "rows": rows.rows,
         "samples": samples,
-        "cache": [
-            {"context": context, "teacher_bytes": teacher, "student_bytes": student}
-            for context, (teacher, student) in job.plan.cache.items()
-        ],
-        "provenance": _provenance(job, info, corpus, time.time() - began),
+        "cache": cache_rows(job.plan),
+        "provenance": run_provenance(job, info, corpus, time.time() - began),
         "recipe_yaml": job.plan.recipe.to_yaml(),
         "converted": job.recipe.mixer is not None,
         "causal": job.recipe.causal,
@@ -248,8 +265,8 @@ def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]
     return results
 
 
-def _provenance(job: Job, info: TeacherInfo, corpus: Corpus, seconds: float) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run, and what the model card's metadata say of teacher and data."""
+def run_provenance(job: Job, info: TeacherInfo, corpus: Corpus, seconds: float) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat a run, and what the card's metadata say of teacher and data."""
     known = workspace.provenance(job.settings(), info, corpus, seconds)
     pairs = [stage.source for _, stage in job.recipe.schedule() if isinstance(stage, Preference)]
     sources = [*source_names(job.recipe.data), *pairs]
@@ -257,6 +274,14 @@ def _provenance(job: Job, info: TeacherInfo, corpus: Corpus, seconds: float) -> 
     known["teacher"] |= {"base_model": base_model(job.source), "license": info.license}
     known["data"]["datasets"] = named
     return known
+
+
+def cache_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Return the cache bytes of a plan as `results.json` has them."""
+    return [
+        {"context": context, "teacher_bytes": teacher, "student_bytes": student}
+        for context, (teacher, student) in plan.cache.items()
+    ]
 
 
 def _stages(
@@ -343,7 +368,7 @@ class Rows:
         self.watch({"event": "row", "row": row})
 
 
-def _corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
+def keep_corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
     stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
     budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
@@ -389,7 +414,7 @@ def _convert(job: Job, model: Any) -> Surgery | None:
     return convert(model, recipe.mixer.model_dump(), layers, recipe.exact_heads)
 
 
-def _probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> tuple[Job, ProbeScores | None]:
+def plan_probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> tuple[Job, ProbeScores | None]:
     """Return the job with layers and heads chosen by the probe, where its recipe leaves them to it, and the scores.
 
     The scores stay in the work folder: a run that goes on chooses what it chose before.
@@ -408,7 +433,9 @@ def _probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> t
         chosen = resolve_heads(recipe, scores, model.config, job.dtype)
     else:  # the cache budget buys no head, or every head
         chosen = place_heads(recipe, model.config, job.dtype)
-    plan = make_plan(chosen, model.config, model=job.source.name, dtype=job.dtype)
+    plan = make_plan(
+        chosen, model.config, model=job.source.name, dtype=job.dtype, stream=job.stream_layers, part=job.layers
+    )
     watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers})
     return replace(job, plan=plan), scores
 
@@ -438,6 +465,12 @@ def _save(
         tokenizer.save_pretrained(final)
     else:
         save_checkpoint(model, tokenizer, final)
+    describe(job, results, work, scores)
+
+
+def describe(job: Job, results: dict[str, Any], work: Path, scores: ProbeScores | None) -> None:
+    """Write what stands beside the weights in a finished folder: metrics, lock file, results, report and card."""
+    final = work / workspace.FINAL
     records = read_metrics(work / "metrics.jsonl")
     if records:
         shutil.copy(work / "metrics.jsonl", final / "metrics.jsonl")

@@ -38,6 +38,13 @@ Dtype = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; chosen by the device if not.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files of the teacher's checkpoint.")]
+Streamed = Annotated[
+    bool, typer.Option("--stream-layers", help="Transfer one layer at a time, read from the teacher's files.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="FIRST:END", help="Stream these layers alone, as a part for `linearize merge`."),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A finished output folder.")]
 
 
@@ -128,11 +135,13 @@ def run(
     ] = False,
     track: Annotated[str | None, typer.Option(help="tensorboard or wandb, beside metrics.jsonl.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload the finished folder.")] = None,
+    stream_layers: Streamed = False,
+    layers: Layers = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Convert a model, recover its quality, evaluate and save it."""
     if dry_run:
-        plan(model, recipe, overrides, data, tokens, quick, device, dtype, trust_remote_code)
+        plan(model, recipe, overrides, data, tokens, quick, device, dtype, stream_layers, layers, trust_remote_code)
         return
     from linearize import api
     from linearize.display import RunDisplay, quiet_libraries, show_pushed, show_results
@@ -155,6 +164,8 @@ def run(
             fresh=fresh,
             track=track,
             push_to_hub=push_to_hub,
+            stream_layers=stream_layers,
+            layers=layers,
             trust_remote_code=trust_remote_code,
             watch=display,
         )
@@ -168,6 +179,9 @@ def run(
         display.close()
     if result.finished_before:
         typer.echo(f"{result.output} is finished already; --fresh makes it anew.")
+    if layers is not None:
+        typer.echo(f"Layers {layers}: {result.output}. Join the parts with: linearize merge PART... --output DIR")
+        return
     show_results(result.results, result.output)
     if result.pushed is not None:
         show_pushed(result.pushed)
@@ -183,6 +197,8 @@ def plan(
     quick: Quick = False,
     device: Device = None,
     dtype: Dtype = None,
+    stream_layers: Streamed = False,
+    layers: Layers = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print what a run would do: layers, stages, tokens, memory, disk. Loads no weights."""
@@ -197,9 +213,28 @@ def plan(
         device=device,
         dtype=dtype,
         overrides=overrides or [],
+        stream_layers=stream_layers,
+        layers=layers,
         trust_remote_code=trust_remote_code,
     )
     _print(chosen.render())
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Folders that --layers made, in any order.")],
+    output: Annotated[Path, typer.Option(help="The finished folder.")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace the folder of an earlier merge.")] = False,
+) -> None:
+    """Join parts of a transfer that were made by layers into one finished folder."""
+    from linearize.display import RunDisplay, quiet_libraries
+    from linearize.streaming import merge as join
+
+    quiet_libraries()
+    result = join(parts, output, fresh=fresh, watch=RunDisplay())
+    if result.finished_before:
+        typer.echo(f"{result.output} is finished already; --fresh makes it anew.")
+    typer.echo(f"Checkpoint: {result.output}. Nothing was measured; `linearize eval {result.output}` does that.")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers
-from linearize.modeling.classes import family_of
+from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import (
     TRAINED_PROJECTIONS,
     AnyStage,
@@ -28,6 +28,7 @@ from linearize.recipe import (
 )
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
+from linearize.stream_plan import available_memory, check_streamed
 from linearize.weights import empty_model
 
 if TYPE_CHECKING:
@@ -85,6 +86,23 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class StreamPlan:
+    """How a transfer that reads its teacher layer by layer goes.
+
+    Attributes:
+        teacher: most bytes of the teacher's tensors at once: its embedding or head, or a block of layers.
+        states: bytes of the hidden states of all rows.
+        on_disk: the states lie in files of the run's folder, not in memory.
+        layers: which train; None for all.
+    """
+
+    teacher: int
+    states: int
+    on_disk: bool
+    layers: range | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run does. `linearize plan` prints it, and the run carries out the same object.
 
@@ -100,6 +118,7 @@ class Plan:
         cache: tokens of context -> bytes of the teacher's and of the student's cache, for one row; empty for encoders.
         exact_heads: how many KV heads of converted layers keep full softmax.
         cache_share: the student's cache over the teacher's in bf16, at 8,192 tokens; 1 for encoders.
+        stream: how the transfer is streamed; None where the whole teacher is loaded.
     """
 
     recipe: Recipe
@@ -113,6 +132,7 @@ class Plan:
     cache: dict[int, tuple[int, int]]
     exact_heads: int = 0
     cache_share: float = 1.0
+    stream: StreamPlan | None = None
 
     def render(self) -> RenderableType:
         """Return the plan as rich tables."""
@@ -123,7 +143,13 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, config: PretrainedConfig, *, model: str = "teacher", dtype: torch.dtype | None = None
+    recipe: Recipe,
+    config: PretrainedConfig,
+    *,
+    model: str = "teacher",
+    dtype: torch.dtype | None = None,
+    stream: bool = False,
+    part: range | None = None,
 ) -> Plan:
     """Check a recipe against a model and work out what a run will do.
 
@@ -132,6 +158,8 @@ def make_plan(
         config: the teacher's.
         model: the teacher's name, for the printed plan.
         dtype: of the weights; the config's own, else fp32.
+        stream: transfer reads the teacher layer by layer.
+        part: the layers that a part of a streamed run trains.
 
     Raises:
         LinearizeError: a mixer part, a layer, a head or a LoRA target does not exist, rows are longer than the
@@ -144,14 +172,18 @@ def make_plan(
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     asked, recipe = recipe, place_heads(recipe, config, dtype)
     _check_layers(recipe, config)
+    if stream:
+        check_streamed(asked, part, config.num_hidden_layers)
     network = empty_model(config, dtype)
     with torch.device("meta"):
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
-    stages = tuple(_stage(recipe, i, network, mixers, dtype) for i in range(len(recipe.schedule())))
+    streamed = _stream_plan(recipe, network, part) if stream else None
+    stages = tuple(_stage(recipe, i, network, mixers, dtype, streamed) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
     answers = sum(_kept_bytes(stage, recipe.data.length) for _, stage in recipe.schedule())
+    states = streamed.states if streamed is not None and streamed.on_disk else 0
     undecided = isinstance(asked.exact_heads, ExactHeads)
     shown = recipe.model_copy(update={"exact_heads": []}) if undecided else recipe
     return Plan(
@@ -162,10 +194,11 @@ def make_plan(
         parameters=parameters,
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
-        disk=weights + 2 * checkpoint + answers + SMALL_FILES,
+        disk=weights + 2 * checkpoint + answers + SMALL_FILES + states,
         cache={c: _cache_bytes(recipe, config, mixers, c, dtype) for c in CONTEXTS} if family.causal else {},
         exact_heads=len(_pairs(recipe)),
         cache_share=_cache_share(recipe, config, mixers, dtype) if family.causal else 1.0,
+        stream=streamed,
     )
 
 
@@ -365,7 +398,31 @@ def _memory_words(recipe: Recipe) -> str:
     return ", ".join(part.name for part in parts)
 
 
-def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module], dtype: torch.dtype) -> StagePlan:
+def _stream_plan(recipe: Recipe, network: Any, part: range | None) -> StreamPlan:
+    """How a streamed transfer goes, by the converted meta model."""
+    stage, config, dtype = recipe.stages[0], network.config, network.dtype
+    assert isinstance(stage, Transfer)
+    embedding, *sizes = (_bytes(module) for module in [network.get_input_embeddings(), *layers_of(network)])
+    head = _bytes(network) - _bytes(network.get_decoder())
+    blocks = [sum(sizes[i : i + stage.block]) for i in range(0, len(sizes), stage.block)]
+    rows = stage.steps(recipe.data.length) * stage.batch + (0 if part else 3 * recipe.data.held_out)
+    states = rows * recipe.data.length * config.hidden_size * dtype.itemsize
+    return StreamPlan(max(embedding, head, *blocks), states, states > available_memory() // 2, part)
+
+
+def _bytes(module: nn.Module) -> int:
+    """The bytes of a module's parameters, a mixer's left out."""
+    return sum(p.numel() * p.element_size() for name, p in module.named_parameters() if ".mixer." not in name)
+
+
+def _stage(
+    recipe: Recipe,
+    index: int,
+    network: Any,
+    mixers: dict[int, nn.Module],
+    dtype: torch.dtype,
+    stream: StreamPlan | None = None,
+) -> StagePlan:
     turn, stage = recipe.schedule()[index]
     if recipe.mixer is not None:
         layers = converted_layers(recipe, network.config)
@@ -392,6 +449,9 @@ def _stage(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module
     memory = weights * (2 if copied else 1) + trained * TRAIN_BYTES + activations
     if isinstance(stage, Transfer):
         memory += _transfer_bytes(stage, network.config, dtype, rows, length)
+        if stream is not None:
+            share = trained * stage.block // max(1, len(mixers))
+            memory = stream.teacher + share * TRAIN_BYTES + activations
     return StagePlan(stage.stage, stage.tokens, steps, trained, memory)
 
 

@@ -177,7 +177,7 @@ def load_teacher(
     Raises:
         LinearizeError: the files cannot be had, are damaged, or hold no causal language model with a tokenizer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from linearize.modeling import auto_class
     from linearize.registry import families
@@ -202,9 +202,21 @@ def load_teacher(
             f"The weights in {files.folder} lack {len(missing)} of the model's tensors, {missing[0]} among them. "
             "Download the model again."
         )
+    tokenizer, info = load_tokenizer(source, files)
+    return model.to(device).eval(), tokenizer, info
+
+
+def load_tokenizer(source: TeacherSource, files: Files) -> tuple[PreTrainedTokenizerBase, TeacherInfo]:
+    """Return the tokenizer among a teacher's files, and what they are.
+
+    Raises:
+        LinearizeError: it is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
     tokenizer = _read(AutoTokenizer, files.folder, f"the tokenizer in {files.folder}")
     info = TeacherInfo(source.name, files.origin, files.revision, files.license, files.sha256, files.folder)
-    return model.to(device).eval(), tokenizer, info
+    return tokenizer, info
 
 
 def attention_kind(config: PretrainedConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,17 @@ def check_safetensors(path: Path) -> None:
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """Return which file of a model folder, which was checked, holds each tensor."""
-    return {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in header(file) if name != METADATA}
+    """Return which file of a model folder, which was checked, holds each tensor.
+
+    Raises:
+        LinearizeError: the index leads out of the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name:
+            raise LinearizeError(f"{index} names {name!r}, which is not a file of its folder. Download it again.")
+    return {tensor: name for name in names for tensor in header(folder / name) if tensor != METADATA}
 
 
 def header(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def finished_results(output: Path, settings: dict[str, Any], fresh: bool) -> dic
         )
     if fresh:
         return None
-    _same_settings(locked_settings(output), settings, output, "was made")
+    same_settings(locked_settings(output), settings, output, "was made")
     results: dict[str, Any] = json.loads((output / RESULTS).read_text(encoding="utf-8"))
     return results
 
@@ -114,7 +114,7 @@ def hold(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[]
                 check()
             if not found:
                 write_text(work / SETTINGS, json.dumps(settings, indent=2))
-            _same_settings(json.loads((work / SETTINGS).read_text(encoding="utf-8")), settings, work, "was begun")
+            same_settings(json.loads((work / SETTINGS).read_text(encoding="utf-8")), settings, work, "was begun")
             try:
                 yield work
             except LinearizeError:
@@ -204,7 +204,7 @@ def same_teacher(work: Path, teacher: TeacherInfo) -> None:
     now = {"revision": teacher.revision, "sha256": teacher.sha256}
     note = work / TEACHER
     if note.is_file():
-        _same_settings({"teacher": json.loads(note.read_text(encoding="utf-8"))}, {"teacher": now}, work, "was begun")
+        same_settings({"teacher": json.loads(note.read_text(encoding="utf-8"))}, {"teacher": now}, work, "was begun")
         return
     beside = note.with_suffix(".new")
     write_text(beside, json.dumps(now))
@@ -285,7 +285,18 @@ def _commit() -> str | None:
     return (commit + ("-dirty" if changes else "")) if tracked else None
 
 
-def _same_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, verb: str) -> None:
+def same_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, verb: str) -> None:
+    """Raise unless two runs' settings are the same.
+
+    Args:
+        before: those that a folder has.
+        now: those of the run.
+        folder: named in the error.
+        verb: what was done with the folder, such as `was made`.
+
+    Raises:
+        LinearizeError: they differ.
+    """
     old, new = dict(_flat(before)), dict(_flat(json.loads(json.dumps(now))))
     changed = [
         f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"

@@ -92,7 +92,18 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    auto_map = write_remote_code(folder, model.config)
+    save_around(model.config, folder, tokenizer)
+
+
+def save_around(config: Any, folder: Path, tokenizer: Any) -> None:
+    """Write what a checkpoint needs besides its weights and its configuration, which lie in the folder.
+
+    Args:
+        config: the converted model's.
+        folder: of the checkpoint.
+        tokenizer: saved beside it, or None.
+    """
+    auto_map = write_remote_code(folder, config)
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["auto_map"] = auto_map

@@ -138,6 +138,10 @@ class BlockInputs:
                 if self.places[part] == number:
                     self._write(part, self.advance(rows, block, self._read(part)).cpu(), number + 1)
 
+    def restart(self) -> None:
+        """Forget the states: the rows are to be embedded anew."""
+        self.places = [-1] * len(self.parts)
+
     def read(self, rows: PackedRows) -> Tensor:
         """Return the states of rows [B, T, hidden] on the CPU."""
         found = [self.where[states_key(rows[index : index + 1])] for index in range(len(rows))]

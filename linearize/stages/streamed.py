@@ -27,7 +27,7 @@ from linearize.mixers.attention import LinearizedAttention, sharing
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import Transfer
 from linearize.report.metrics import Record, read_metrics
-from linearize.stages import Run, has_ended, run_stage
+from linearize.stages import Run, run_stage
 from linearize.stages.adapters import add_lora
 from linearize.stages.base import stage_seed
 from linearize.stages.blocks import BlockInputs, decoder_arguments, only, passed_by, with_hidden
@@ -96,6 +96,7 @@ class Stream:
     states: Path | None = None
     measure: bool = False
     training_states: BlockInputs = field(init=False)
+    done: set[range] = field(init=False, default_factory=set)
     held: dict[str, BlockInputs] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +162,10 @@ class Stream:
         """Return where a block's checkpoints, metrics and results lie."""
         return self.run.folder / "layers" / f"{block.start:04d}"
 
+    def ended(self, block: range) -> Path:
+        """Return where what a block ended with lies."""
+        return self.folder(block) / f"{NAME}-ended"
+
     def turns(self) -> list[range]:
         """Return the blocks that have layers to convert, in order."""
         return [b for b in self.blocks if set(b) <= set(self.chosen) and any(i in self.surgery.teachers for i in b)]
@@ -171,6 +176,9 @@ class Stream:
         A run that was killed goes on at the block, and at the step, that it was in.
         """
         turns = self.turns()
+        behind = [number for number, block in enumerate(self.blocks) if block in turns and not self._ended(block)]
+        if behind and max(self.training_states.places) > behind[0]:  # what a block ended with is damaged
+            self.training_states.restart()
         if moving := self._moving(-1, turns):
             with self.teacher.at_hand(self.teacher.embedding):
                 for states in moving:
@@ -187,7 +195,7 @@ class Stream:
                     self._block(block, turns)
                 for states in moving:
                     states.move_to(number + 1)
-        found = [checkpoint.state_of(self.folder(block) / f"{NAME}-ended") for block in turns]
+        found = [checkpoint.state_of(self.ended(block)) for block in turns]
         spent = [state for state in found if state is not None]
         return {
             "tokens": max((state["tokens"] for state in spent), default=0.0),
@@ -202,7 +210,9 @@ class Stream:
         return [states for states in wanted if states.place <= number]
 
     def _ended(self, block: range) -> bool:
-        return has_ended(replace(self.run, folder=self.folder(block)), NAME)
+        if block not in self.done and checkpoint.state_of(self.ended(block)) is not None:  # which reads all of it
+            self.done.add(block)
+        return block in self.done
 
     def _block(self, block: range, turns: list[range]) -> None:
         """Train the block that is at hand, or load what it ended with."""
@@ -220,13 +230,15 @@ class Stream:
             folder=folder,
             metrics=folder / "metrics.jsonl",
             progress=progress,
+            tell=lambda event: None if event["event"] == "stage" else self.run.tell(event),
         )
         runner = StreamedRunner(self.settings, run, self, block)
         if self._trains(block):
             run_stage(self.settings, run, NAME, runner)
+            self.done.add(block)
         elif not self._ended(block):  # what does not train is still another than the teacher's
             kept = {name: tensor for name, tensor in self.model.state_dict().items() if runner.changes(name)}
-            checkpoint.save(folder / f"{NAME}-ended", kept, {"tokens": 0.0, "seconds": 0.0})
+            checkpoint.save(self.ended(block), kept, {"tokens": 0.0, "seconds": 0.0})
 
     def _trains(self, block: range) -> bool:
         """Whether a layer of the block has a mixer with parameters, or gets adapters."""
@@ -237,7 +249,7 @@ class Stream:
     @contextlib.contextmanager
     def _at_hand(self, block: range) -> Iterator[None]:
         """Have a block's weights, the teacher's and those that its mixers start from."""
-        converted = [index for index in block if index in self.surgery.teachers]
+        converted = [index for index in block if index in self.surgery.teachers and index in self.chosen]
         with self.teacher.at_hand(self.teacher.of(block)):
             for index in converted:
                 self.surgery.arrange(index)

@@ -170,6 +170,10 @@ class Stream:
         """Return the blocks that have layers to convert, in order."""
         return [b for b in self.blocks if set(b) <= set(self.chosen) and any(i in self.surgery.teachers for i in b)]
 
+    def rounds(self) -> list[range]:
+        """Return the blocks that train, in order: not those whose converted layers have nothing to."""
+        return [block for block in self.turns() if self._trains(block)]
+
     def train(self) -> dict[str, float]:
         """Transfer all chosen layers, and return tokens and seconds of training.
 
@@ -192,7 +196,7 @@ class Stream:
                 if untrained is not None:
                     untrained.move_to(number + 1)
                 if mine:
-                    self._block(block, turns)
+                    self._block(block)
                 for states in moving:
                     states.move_to(number + 1)
         found = [checkpoint.state_of(self.ended(block)) for block in turns]
@@ -214,13 +218,13 @@ class Stream:
             self.done.add(block)
         return block in self.done
 
-    def _block(self, block: range, turns: list[range]) -> None:
+    def _block(self, block: range) -> None:
         """Train the block that is at hand, or load what it ended with."""
-        steps = self.settings.steps(self.run.corpus.train.length)
-        before = turns.index(block) * steps
+        steps, rounds = self.settings.steps(self.run.corpus.train.length), self.rounds()
+        before = sum(steps for earlier in rounds if earlier.start < block.start)
 
         def progress(record: dict[str, Any]) -> None:
-            self.run.progress({**record, "step": record["step"] + before, "steps": steps * len(turns)})
+            self.run.progress({**record, "step": record["step"] + before, "steps": steps * len(rounds)})
 
         folder = self.folder(block)
         run = replace(
@@ -233,7 +237,7 @@ class Stream:
             tell=lambda event: None if event["event"] == "stage" else self.run.tell(event),
         )
         runner = StreamedRunner(self.settings, run, self, block)
-        if self._trains(block):
+        if block in rounds:
             run_stage(self.settings, run, NAME, runner)
             self.done.add(block)
         elif not self._ended(block):  # what does not train is still another than the teacher's
@@ -306,14 +310,14 @@ class Stream:
 
     def metrics(self) -> list[Record]:
         """Return the records of all blocks as the stage's own: its steps run once for each block."""
-        turns = self.turns()
+        rounds = self.rounds()
         steps = self.settings.steps(self.run.corpus.train.length)
         tokens = self.settings.batch * self.run.corpus.train.length
         joined = []
-        for turn, block in enumerate(turns):
+        for turn, block in enumerate(rounds):
             for record in read_metrics(self.folder(block) / "metrics.jsonl"):
                 step = turn * steps + record["step"]
-                joined.append({**record, "step": step, "tokens": step * tokens // len(turns)})
+                joined.append({**record, "step": step, "tokens": step * tokens // len(rounds)})
         return joined
 
 

@@ -20,6 +20,7 @@ from linearize.recipe import Distill
 from linearize.stages import finetune
 from linearize.stages.base import Run
 from linearize.stages.finetune import FinetuneRunner, Tensors, predictions
+from linearize.stages.speed import FastPass
 from linearize.stages.teachers import KeptAnswers, Teacher, layer_outputs
 
 
@@ -29,6 +30,7 @@ class DistillRunner(FinetuneRunner):
     def __init__(self, settings: Distill, run: Run) -> None:
         super().__init__(settings, run)
         self.teacher: Teacher | None = None
+        self.fast: FastPass | None = None
         self.kept: KeptAnswers | None = None
 
     def prepare(self) -> dict[str, nn.Parameter]:
@@ -46,7 +48,25 @@ class DistillRunner(FinetuneRunner):
             self.kept.fill(self._answer)
         else:
             self.teacher = Teacher(self.run, self.settings.teacher_device)
-        return super().prepare()
+        trained = super().prepare()
+        self._ask_fast()
+        return trained
+
+    def shrink(self) -> None:
+        """As for every stage; what was captured of a larger pass goes."""
+        super().shrink()
+        self._ask_fast()
+
+    def _ask_fast(self) -> None:
+        """Have the teacher's passes replayed where the student's are."""
+        teacher = self.teacher
+        if teacher is None or not self.decoder.captures or teacher.device != self.run.device:
+            return
+
+        def states(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            return teacher.states({"input_ids": input_ids, "position_ids": position_ids})[0]
+
+        self.fast = FastPass(states, [], self.passes(), self.run.device)
 
     def passes(self) -> int:
         """As for every stage; layers whose outputs are watched stay as they are."""
@@ -54,7 +74,7 @@ class DistillRunner(FinetuneRunner):
 
     def finish(self) -> None:
         """Let the teacher go, and leave the model ready."""
-        self.teacher = None
+        self.teacher = self.fast = None
         super().finish()
 
     def _answer(self) -> Callable[[PackedRows], Tensors]:
@@ -87,6 +107,8 @@ class DistillRunner(FinetuneRunner):
         if self.kept is not None:
             return {name: tensor.to(self.run.device) for name, tensor in self.kept.read(rows).items()}
         assert self.teacher is not None
+        if self.fast is not None:
+            return {"states": self.fast(inputs["input_ids"], inputs["position_ids"])[chosen]}
         states, outputs = self.teacher.states(inputs, with_layers=self.settings.hidden > 0)
         chosen = chosen.to(states.device)
         reference = {"states": states[chosen]}

@@ -107,18 +107,21 @@ class FastDecoder:
 
 
 class FastPass:
-    """A function that leaves gradients in parameters, replayed as a CUDA graph from its third call on.
+    """A function that may leave gradients in parameters, replayed as a CUDA graph from its third call on.
 
     Args:
-        function: of tensors on the GPU; returns one. All that it does besides must be the same at every call.
-        parameters: whose gradients it adds to.
+        function: of tensors; returns one. All that it does besides must be the same at every call.
+        parameters: whose gradients it adds to; none where it makes no backward pass.
         passes: calls that the stage will make.
+        device: of the tensors; only a GPU replays.
     """
 
-    def __init__(self, function: Callable[..., Tensor], parameters: list[nn.Parameter], passes: int) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], parameters: list[nn.Parameter], passes: int, device: torch.device
+    ) -> None:
         self.function = function
         self.parameters = parameters
-        self.eager_calls = 2 if passes >= PASSES and all(p.is_cuda for p in parameters) else -1
+        self.eager_calls = 2 if passes >= PASSES and device.type == "cuda" else -1
         self.graph: torch.cuda.CUDAGraph | None = None
         self.given: tuple[Tensor, ...] = ()
         self.gradients: list[Tensor] = []

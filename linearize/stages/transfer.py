@@ -156,7 +156,7 @@ class TransferRunner(StageRunner):
             self.trained[index] = list(own.values())
         self.inputs = self.block_inputs()
         if self.inputs is None and self.settings.block == 1 and self.settings.patience is None:
-            self.fast = FastPass(self._whole, list(trained.values()), self.passes())
+            self.fast = FastPass(self._whole, list(trained.values()), self.passes(), self.run.device)
         return trained
 
     def block_inputs(self) -> BlockInputs | None:
@@ -174,7 +174,7 @@ class TransferRunner(StageRunner):
         """As for every stage; a captured pass is made anew."""
         super().shrink()
         if self.fast is not None:
-            self.fast = FastPass(self._whole, self.fast.parameters, self.passes())
+            self.fast = FastPass(self._whole, self.fast.parameters, self.passes(), self.run.device)
 
     def _turns(self) -> list[int]:
         """The blocks that have something to train."""

@@ -17,7 +17,14 @@ MIXERS = {
         "rotary": True,
         "window": {"size": 16, "sinks": 2},
     },
-    "gdn": {"memory": "delta", "gate": "scalar", "window": {"size": 16, "sinks": 2}, "combine": "learned", "conv": 4},
+    "gdn": {
+        "feature_map": "l2norm",
+        "memory": "delta",
+        "gate": "scalar",
+        "window": {"size": 16, "sinks": 2},
+        "combine": "learned",
+        "conv": 4,
+    },
 }
 SETTINGS = {"tokens": 48 * 4 * 8, "batch": 4, "micro_batch": 2}
 STAGES = {

@@ -150,9 +150,15 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--csv")
     given = parser.parse_args()
-    overrides = [f"stages.{i}.micro_batch={given.micro_batch or given.rows}" for i in range(2)]
-    overrides += ["stages.1.gradient_checkpointing=true"] if given.checkpointing else []
-    recipe = Recipe.from_yaml(given.recipe, [*overrides, *(f"stages.{i}.batch={given.rows}" for i in range(2))])
+    overrides = []
+    for index, stage in enumerate(Recipe.from_yaml(given.recipe).stages):
+        overrides += [
+            f"stages.{index}.batch={given.rows}",
+            f"stages.{index}.micro_batch={given.micro_batch or given.rows}",
+        ]
+        if given.checkpointing and stage.stage != "transfer":
+            overrides.append(f"stages.{index}.gradient_checkpointing=true")
+    recipe = Recipe.from_yaml(given.recipe, overrides)
     if given.eager:
         speed.PASSES = 10**9
     model = random_model(given.model, torch.device("cuda"), getattr(torch, given.dtype))

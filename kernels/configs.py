@@ -1,14 +1,16 @@
 """The static table of tile sizes, warps and pipeline stages of the Triton kernels; nothing is tuned at run time.
 
 Legend: C chunk, K key dim, V value dim, R query heads of a KV head. Chosen by `scripts/tune_kernels.py` on an H100.
-Entries are compiled in `tests/kernels` for sm_80 and sm_90, and gradient-checked on the GPU by
-`scripts/bench_kernels.py --check`.
+GPUs other than Hopper and Blackwell of the data center get tiles that were chosen by what they spill when compiled for
+sm_80: untuned, and never run. Entries are compiled in `tests/kernels` for sm_80 and sm_90, and gradient-checked on the
+GPU by `scripts/bench_kernels.py --check`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +38,25 @@ class Tiles:
     key_grads: Tile
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device gets the tiles tuned on an H100: compute capability 9 or 10, and what is no GPU."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+AnyTiles = TypeVar("AnyTiles", "Tiles", "DeltaTiles")
+
+
+def _before_hopper(tiles: AnyTiles) -> AnyTiles:
+    """Smaller shares of a chunk a thread: products take their operands from registers there, not from shared memory."""
+    names = [name for name in ("solve", "outputs", "value_grads") if hasattr(tiles, name)]
+    changed = {name: replace(getattr(tiles, name), warps=8) for name in names}
+    changed["key_grads"] = replace(tiles.key_grads, key=min(tiles.key_grads.key, 32), warps=4)
+    if tiles.value_grads.key > 128:
+        changed["value_grads"] = replace(changed["value_grads"], value=min(tiles.value_grads.value, 32))
+    return replace(tiles, **changed)
+
+
 def _power(x: int) -> int:
     return max(16, 1 << (x - 1).bit_length())
 
@@ -46,7 +67,7 @@ SHORTEST = 8  # chunks of a segment of such a walk
 
 @cache
 def gated_linear_tiles(
-    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int
+    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int, hopper: bool = True
 ) -> Tiles | None:
     """Return the tiles for one shape, or None where no kernel serves it.
 
@@ -57,6 +78,7 @@ def gated_linear_tiles(
         pairs: B * G, the number of states.
         repeat: R.
         tokens: T.
+        hopper: as `is_hopper` says.
     """
     key, value = _power(key_dim), _power(value_dim)
     wide = max(key, value)
@@ -81,7 +103,7 @@ def gated_linear_tiles(
             key_grads=Tile(min(key, 32), value, stages=1),
         )
     columns = min(value, 128 if wide <= 128 else 64)
-    return Tiles(
+    tiles = Tiles(
         chunk=chunk,
         segments=segments,
         states=Tile(*state, stages=3),
@@ -90,6 +112,7 @@ def gated_linear_tiles(
         value_grads=Tile(key, columns, warps=4 if wide <= 128 else 8, stages=1),
         key_grads=Tile(min(key, 64), value, stages=1),
     )
+    return tiles if hopper else _before_hopper(tiles)
 
 
 @dataclass(frozen=True)
@@ -108,7 +131,7 @@ class DeltaTiles:
 
 @cache
 def delta_tiles(
-    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int
+    dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int, hopper: bool = True
 ) -> DeltaTiles | None:
     """Return the tiles for one shape, or None where no kernel serves it.
 
@@ -119,6 +142,7 @@ def delta_tiles(
         pairs: B * G, the number of states.
         repeat: R.
         tokens: T.
+        hopper: as `is_hopper` says.
     """
     shared = gated_linear_tiles(dtype, key_dim, value_dim, pairs, repeat, tokens)
     if shared is None:
@@ -137,7 +161,7 @@ def delta_tiles(
             state_grads=walk,
             key_grads=shared.key_grads,
         )
-    return DeltaTiles(
+    tiles = DeltaTiles(
         chunk=shared.chunk,
         # At least 64 wide: with 32 columns of values Triton 3.6 gave wrong u on Hopper.
         solve=Tile(max(key, 64), 64, warps=4 if key <= 128 else 8, stages=1),
@@ -147,6 +171,7 @@ def delta_tiles(
         state_grads=Tile(key, columns, stages=2),
         key_grads=shared.key_grads,
     )
+    return tiles if hopper else _before_hopper(tiles)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from linearize.kernels.configs import Tile, Tiles, gated_linear_tiles
+from linearize.kernels.configs import Tile, Tiles, gated_linear_tiles, is_hopper
 from linearize.kernels.gated_linear_backward_triton import _key_grads, _state_grads, _value_grads
 from linearize.kernels.gated_linear_forward_triton import _outputs, _states
 from linearize.kernels.launch import Launch, contiguous, differentiable, play, unit_stride
@@ -42,9 +42,9 @@ class Call:
     """Shapes, strides and compile-time constants that the launches of one call share; inputs as from `prepared`."""
 
     @staticmethod
-    def table(dtype: torch.dtype, key_dim: int, value_dim: int, pairs: int, repeat: int, tokens: int) -> Tiles | None:
+    def table(*shape: object) -> Tiles | None:
         """The tiles of a shape."""
-        return gated_linear_tiles(dtype, key_dim, value_dim, pairs, repeat, tokens)
+        return gated_linear_tiles(*shape)
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor | None,
@@ -57,7 +57,7 @@ class Call:
         self.R = self.H // self.G
         self.scale, self.norm = scale, with_normalizer
         mode = _gate_mode(log_decay)
-        tiles = self.table(q.dtype, self.K, self.V, self.B * self.G, self.R, self.T)
+        tiles = self.table(q.dtype, self.K, self.V, self.B * self.G, self.R, self.T, is_hopper(q.device))
         if tiles is None:
             raise ValueError(f"no Triton kernel for {q.dtype} with key dim {self.K} and value dim {self.V}.")
         self.tiles: Tiles = tiles

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
-THREADS = 8
+THREADS = 16
 PLANS = 4096  # kept at most
 ALIGNMENT = 256  # bytes, of buffers in the block
 _plans: dict[Hashable, _Plan] = {}
@@ -118,13 +119,19 @@ class _Plan:
         bases += [x.data_ptr() for x in outputs]
         block = torch.empty(self.block, dtype=torch.uint8, device=device)
         bases.append(block.data_ptr())
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = _stream(device)
         for start, values, places in self.steps:
             args = values.copy()
             for position, base, offset in places:
                 args[position] = bases[base] + offset
             start(*args, stream=stream)
         return outputs
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream: its address, without an object around it."""
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
 
 
 def _record(

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, GenerationConfig
 
 from linearize import workspace, yaml_io
+from linearize.adapter import is_adapter, joined
 from linearize.checkpoint import sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.data.sources import is_local, source_names
@@ -24,7 +26,7 @@ from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import Pushed, check_repository, push, written_files
 from linearize.interrupt import Signals
 from linearize.kernels.backend import BACKENDS
-from linearize.modeling import auto_class
+from linearize.modeling import auto_class, classes_for
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import (
     Plan,
@@ -196,20 +198,30 @@ def linearize(
     return Result(folder, results, False, None if push_to_hub is None else push(folder, push_to_hub))
 
 
-def load(folder: str | Path, **options: Any) -> Any:
+def load(folder: str | Path, *, teacher: str | None = None, **options: Any) -> Any:
     """Return a linearized model; none of the checkpoint's own code runs.
 
     Args:
         folder: a finished folder, or a repository of the Hub, `owner/name` or `owner/name@revision`.
+        teacher: of an adapter (`push --adapter-only`), as for `--model`; the one it was made from by default.
         **options: for `from_pretrained`, such as `dtype`.
 
     Raises:
-        LinearizeError: there is no linearized model, or not all of its tensors.
+        LinearizeError: there is no linearized model, not all of its tensors, or an adapter's teacher is another one.
     """
     path = workspace.checkpoint_folder(local_folder(folder))
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    auto = auto_class(settings["linearize"]["model_type"])
-    model, report = auto.from_pretrained(path, output_loading_info=True, **options)
+    model_type = settings["linearize"]["model_type"]
+    if is_adapter(path):
+        config, tensors = AutoConfig.from_pretrained(path), joined(path, teacher)
+        parts = {"config": config, "state_dict": tensors, "output_loading_info": True}
+        model, report = classes_for(model_type).lm.from_pretrained(None, **parts, **options)  # type: ignore[attr-defined]
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    elif teacher is not None:
+        raise LinearizeError(f"{path} has all of its weights, so that it needs no teacher; leave `teacher` out.")
+    else:
+        model, report = auto_class(model_type).from_pretrained(path, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise LinearizeError(
             f"The weights in {path} lack {len(report['missing_keys'])} of the model's tensors, "

@@ -465,6 +465,10 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch; main by default.")] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request in a repository that exists.")] = False,
+    adapter_only: Annotated[
+        bool,
+        typer.Option("--adapter-only", help="Leave out the teacher's own tensors; linearize.load joins them again."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go up, and send nothing.")] = False,
 ) -> None:
     """Upload a finished folder to the Hugging Face Hub: one commit, with a tag."""
@@ -473,9 +477,11 @@ def push(
 
     if dry_run:
         hub.check_target(repository, revision, pr)
-        show_upload(hub.choose_files(folder), repository)
+        with hub.chosen_folder(folder, adapter_only) as chosen:
+            show_upload(hub.choose_files(chosen), repository)
         return
-    show_pushed(hub.push(folder, repository, private=private, revision=revision, pr=pr))
+    pushed = hub.push(folder, repository, private=private, revision=revision, pr=pr, adapter_only=adapter_only)
+    show_pushed(pushed)
 
 
 @app.command()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +16,10 @@ from linearize import yaml_io
 from linearize.errors import LinearizeError
 
 LOCK, CARD = "recipe.lock.yaml", "README.md"
+ADAPTER, ADAPTER_NOTE = "adapter.safetensors", "adapter.json"
 NEEDED = ("config.json", LOCK, "*.safetensors")
 EVALUATION = ("eval/eval.json", "eval/eval.md", "eval/perplexity.png", "eval/recall.png", "eval/cost.png")
-STALE = ("*.safetensors", "*.safetensors.index.json", "figures/*", "eval/*")
+STALE = ("*.safetensors", "*.safetensors.index.json", ADAPTER_NOTE, "modeling_linearized.py", "figures/*", "eval/*")
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 PLACE = re.compile(r'(linearize\.load|from_pretrained)\("[^"\n]*"')
@@ -145,6 +148,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     pr: bool = False,
+    adapter_only: bool = False,
     token: str | None = None,
     api: Any = None,
 ) -> Pushed:
@@ -159,6 +163,7 @@ def push(
         private: make a new repository private.
         revision: a branch, created where there is none; `main` by default.
         pr: open a pull request in a repository that exists.
+        adapter_only: leave out what is the teacher's; `linearize.load` joins both again.
         token: of the Hub; None takes the one that `hf auth login` stored.
         api: a `huggingface_hub.HfApi`; None makes one with `token`.
 
@@ -169,9 +174,32 @@ def push(
         LinearizeError: the folder is not finished, the name is no repository's, the repository holds another model, or
             the Hub refuses.
     """
-    folder = Path(folder)
-    upload = choose_files(folder)
     check_target(repo_id, revision, pr)
+    with chosen_folder(Path(folder), adapter_only) as source:
+        return _push(source, Path(folder), repo_id, private, revision, pr, token, api)
+
+
+@contextlib.contextmanager
+def chosen_folder(folder: Path, adapter_only: bool) -> Iterator[Path]:
+    """Give the folder that goes up: the finished one, or a temporary one with its adapter alone.
+
+    Raises:
+        LinearizeError: there is no adapter in it.
+    """
+    if not adapter_only:
+        yield folder
+        return
+    from linearize.adapter import write_adapter
+
+    with tempfile.TemporaryDirectory() as place:
+        write_adapter(folder, Path(place) / "adapter")
+        yield Path(place) / "adapter"
+
+
+def _push(
+    source: Path, folder: Path, repo_id: str, private: bool, revision: str | None, pr: bool, token: str | None, api: Any
+) -> Pushed:
+    upload = choose_files(source)
     from huggingface_hub import HfApi
 
     api = api or HfApi(token=token)
@@ -184,7 +212,7 @@ def push(
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
 
     def commit() -> Any:
-        return _commit(api, folder, upload, repo_id, branch, private, pr)
+        return _commit(api, source, upload, repo_id, branch, private, pr)
 
     refused = _refusal(folder, repo_id, pr)
     _try(prepare, refused)

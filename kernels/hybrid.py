@@ -173,7 +173,7 @@ def hybrid_step(
     memory_v = v if memory_v is None else memory_v
     if beta is not None and state_norm is not None:
         raise ValueError("the delta rule has no normalizer: give `beta` or `state_norm`, not both.")
-    if select("step", q) == "triton" and memory_k.shape[1] == k.shape[1]:
+    if select("step", q) == "triton" and memory_k.shape[1] == memory_v.shape[1] == k.shape[1]:
         from linearize.kernels.step_triton import hybrid_step_triton
 
         near_o, lse, row_max, o, sums = hybrid_step_triton(

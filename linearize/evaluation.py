@@ -85,7 +85,9 @@ def evaluate_folder(
     from transformers import AutoTokenizer
 
     began, tell = time.time(), watch or (lambda words: None)
-    path = workspace.checkpoint_folder(folder)
+    path = Path(folder)
+    if not ((path / "config.json").is_file() and (path / workspace.LOCK).is_file()):  # a control's model is a plain one
+        path = workspace.checkpoint_folder(folder)
     settings = workspace.locked_settings(path)
     recipe = Recipe.parse(settings["recipe"], str(path / workspace.LOCK))
     chosen = choose_suite(suite, **sizes)

@@ -190,6 +190,17 @@ def test_what_cannot_be_measured_is_refused(words, message, runs, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_a_control_is_evaluated_on_its_own_and_stands_beside_students(runs, tmp_path, capsys) -> None:
+    for name in ("softmax", "liger"):
+        assert run("eval", runs[name], *QUICK, "--output", tmp_path / name) == 0
+    alone = by_name(json.loads((tmp_path / "softmax" / "eval.json").read_text()))
+    assert list(alone) == ["teacher", "softmax"]
+    capsys.readouterr()
+    assert run("compare", tmp_path / "softmax" / "eval.json", tmp_path / "liger" / "eval.json") == 0
+    printed = capsys.readouterr().out
+    assert "softmax" in printed and "liger" in printed
+
+
 def test_what_cannot_be_compared_is_refused(runs, tmp_path) -> None:
     with pytest.raises(LinearizeError, match="was not evaluated yet"):
         compare([tmp_path])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -296,6 +297,18 @@ def git_oid(data: bytes) -> str:
 def oid_of(path: str, data: bytes) -> str:
     """What the Hub says of a file that it has: sha256 of a large one, git's hash of another."""
     return hashlib.sha256(data).hexdigest() if path.endswith((".safetensors", ".png")) else git_oid(data)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, save_teacher: Any) -> Path:
+    """A finished run on a tiny teacher, which lies beside it; one KV head stays exact."""
+    from linearize.api import linearize
+
+    folder = tmp_path_factory.mktemp("run")
+    teacher = save_teacher(folder / "teacher", initializer_range=0.3)
+    batches = [f"stages.{i}.{key}" for i in range(2) for key in ("batch=2", "micro_batch=1")]
+    settings = ["data.length=64", "data.held_out=2", "data.loss=all", "exact_heads=[[1,1]]", *batches]
+    return linearize(teacher, "liger", folder / "tiny", data="builtin", tokens=768, overrides=settings).output
 
 
 @pytest.fixture

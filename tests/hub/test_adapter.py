@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from linearize import yaml_io
 from linearize.adapter import write_adapter
-from linearize.api import linearize, load
+from linearize.api import load
 from linearize.errors import LinearizeError
 from linearize.hub import choose_files, push
 
@@ -19,19 +19,9 @@ from .conftest import TOKEN
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, save_teacher) -> Path:
-    """A run on a tiny teacher of several layers whose embedding, MLP and half of the attention stay as they were."""
-    folder = tmp_path_factory.mktemp("run")
-    teacher = save_teacher(folder / "teacher", initializer_range=0.3)
-    batches = [f"stages.{i}.{key}" for i in range(2) for key in ("batch=2", "micro_batch=1")]
-    settings = ["data.length=64", "data.held_out=2", "data.loss=all", "exact_heads=[[1,1]]", *batches]
-    return linearize(teacher, "liger", folder / "tiny", data="builtin", tokens=768, overrides=settings).output
-
-
-@pytest.fixture(scope="module")
-def adapter(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter") / "out"
-    write_adapter(finished, out)
+    write_adapter(run_folder, out)
     return out
 
 
@@ -40,10 +30,10 @@ def same(one, other) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_it_holds_what_the_teacher_does_not_have(finished, adapter) -> None:
+def test_it_holds_what_the_teacher_does_not_have(run_folder, adapter) -> None:
     own, before = (
-        load_file(finished / "model.safetensors"),
-        load_file(finished.parent / "teacher" / "model.safetensors"),
+        load_file(run_folder / "model.safetensors"),
+        load_file(run_folder.parent / "teacher" / "model.safetensors"),
     )
     kept = load_file(adapter / "adapter.safetensors")
     different = {name for name in own if name not in before or not torch.equal(own[name], before[name])}
@@ -59,36 +49,36 @@ def test_it_holds_what_the_teacher_does_not_have(finished, adapter) -> None:
     assert card.count("## Quality") == 1
 
 
-def test_it_loads_as_the_same_model(finished, adapter) -> None:
-    assert same(load(adapter), load(finished))
+def test_it_loads_as_the_same_model(run_folder, adapter) -> None:
+    assert same(load(adapter), load(run_folder))
     half = load(adapter, dtype=torch.bfloat16)
-    assert same(half, load(finished, dtype=torch.bfloat16))
-    assert half.generation_config.to_dict() == load(finished).generation_config.to_dict()
+    assert same(half, load(run_folder, dtype=torch.bfloat16))
+    assert half.generation_config.to_dict() == load(run_folder).generation_config.to_dict()
 
 
-def test_it_goes_up_and_comes_back_by_its_name(finished, hub, tmp_path, monkeypatch) -> None:
-    push(finished, "me/tiny", adapter_only=True, api=HfApi(endpoint=hub.url, token=TOKEN))
+def test_it_goes_up_and_comes_back_by_its_name(run_folder, hub, tmp_path, monkeypatch) -> None:
+    push(run_folder, "me/tiny", adapter_only=True, api=HfApi(endpoint=hub.url, token=TOKEN))
     held = hub.files("me/tiny")
     assert not {"model.safetensors", "modeling_linearized.py"} & set(held)
     assert b'linearize.load("me/tiny")' in held["README.md"]
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert same(load("me/tiny"), load(finished))
-    push(finished, "me/tiny", api=HfApi(endpoint=hub.url, token=TOKEN))
+    assert same(load("me/tiny"), load(run_folder))
+    push(run_folder, "me/tiny", api=HfApi(endpoint=hub.url, token=TOKEN))
     held = hub.files("me/tiny")
     assert not {"adapter.safetensors", "adapter.json"} & set(held)
-    assert held["model.safetensors"] == (finished / "model.safetensors").read_bytes()
+    assert held["model.safetensors"] == (run_folder / "model.safetensors").read_bytes()
 
 
-def test_another_teacher_is_refused(finished, adapter, save_teacher, tmp_path) -> None:
+def test_another_teacher_is_refused(run_folder, adapter, save_teacher, tmp_path) -> None:
     other = save_teacher(tmp_path / "other", seed=1)
     with pytest.raises(LinearizeError, match=r"is not the teacher that .* its weights are others"):
         load(adapter, teacher=str(other))
-    moved = shutil.copytree(finished.parent / "teacher", tmp_path / "moved")
-    assert same(load(adapter, teacher=str(moved)), load(finished))
+    moved = shutil.copytree(run_folder.parent / "teacher", tmp_path / "moved")
+    assert same(load(adapter, teacher=str(moved)), load(run_folder))
     with pytest.raises(LinearizeError, match="needs no teacher"):
-        load(finished, teacher=str(moved))
+        load(run_folder, teacher=str(moved))
 
 
 def test_a_teacher_that_is_not_there_says_how_to_name_it(adapter, tmp_path) -> None:
@@ -103,8 +93,8 @@ def test_a_teacher_that_is_not_there_says_how_to_name_it(adapter, tmp_path) -> N
             load(copy)
 
 
-def test_a_model_of_which_all_was_trained_has_no_adapter(finished, tmp_path) -> None:
-    copy = shutil.copytree(finished, tmp_path / "copy")
+def test_a_model_of_which_all_was_trained_has_no_adapter(run_folder, tmp_path) -> None:
+    copy = shutil.copytree(run_folder, tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, copy / "model.safetensors")
     with pytest.raises(LinearizeError, match="shares no tensor with its teacher"):

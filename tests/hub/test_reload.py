@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoTokenizer
 
 from linearize import cli
-from linearize.api import linearize, load
+from linearize.api import load
 from linearize.generation import generate_text
 
 from .conftest import TOKEN
@@ -33,21 +32,11 @@ print(json.dumps({"logits": logits.double().flatten().tolist(), "written": writt
 PROMPT = "The capital of France is"
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, save_teacher) -> Path:
-    """A run on a tiny teacher."""
-    folder = tmp_path_factory.mktemp("run")
-    teacher = save_teacher(folder / "teacher", initializer_range=0.3)
-    batches = [f"stages.{i}.{key}" for i in range(2) for key in ("batch=2", "micro_batch=1")]
-    settings = ["data.length=64", "data.held_out=2", "data.loss=all", *batches]
-    return linearize(teacher, "liger", folder / "tiny", data="builtin", tokens=768, overrides=settings).output
-
-
-def test_a_push_loads_without_linearize_and_has_the_same_logits(finished, hub, tmp_path, monkeypatch, capsys) -> None:
+def test_a_push_loads_without_linearize_and_has_the_same_logits(run_folder, hub, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["push", str(finished), "me/tiny", "--private"])
+        cli.main(["push", str(run_folder), "me/tiny", "--private"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     assert f"{hub.url}/me/tiny/commit/" in printed
@@ -68,46 +57,46 @@ def test_a_push_loads_without_linearize_and_has_the_same_logits(finished, hub, t
     assert done.returncode == 0, done.stderr[-2000:]
     assert "custom code" not in done.stdout
     theirs = json.loads(done.stdout.splitlines()[-1])
-    model = load(finished).eval()
-    tokenizer = AutoTokenizer.from_pretrained(finished)
+    model = load(run_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_folder)
     ids = torch.tensor([tokenizer(PROMPT).input_ids])
     with torch.no_grad():
         ours = model(ids).logits
     assert torch.equal(ours.double().flatten(), torch.tensor(theirs["logits"], dtype=torch.float64))
-    assert theirs["written"] == "".join(generate_text(finished, PROMPT, max_new_tokens=8))
+    assert theirs["written"] == "".join(generate_text(run_folder, PROMPT, max_new_tokens=8))
 
 
-def test_linearize_loads_what_was_pushed_by_its_name(finished, hub, tmp_path, monkeypatch) -> None:
+def test_linearize_loads_what_was_pushed_by_its_name(run_folder, hub, tmp_path, monkeypatch) -> None:
     from linearize.hub import push
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    push(finished, "me/tiny", api=HfApi(endpoint=hub.url, token=TOKEN))
-    model, own = load("me/tiny@v0.1.0"), load(finished)
+    push(run_folder, "me/tiny", api=HfApi(endpoint=hub.url, token=TOKEN))
+    model, own = load("me/tiny@v0.1.0"), load(run_folder)
     assert model.state_dict().keys() == own.state_dict().keys()
     assert all(torch.equal(tensor, own.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_card_on_the_hub_names_the_repository(finished, hub) -> None:
+def test_the_card_on_the_hub_names_the_repository(run_folder, hub) -> None:
     from linearize.hub import push
 
-    push(finished, "me/tiny", api=HfApi(endpoint=hub.url, token=TOKEN))
+    push(run_folder, "me/tiny", api=HfApi(endpoint=hub.url, token=TOKEN))
     card = ModelCard(hub.files("me/tiny")["README.md"].decode())
     assert 'linearize.load("me/tiny")' in card.text
-    results = json.loads((finished / "results.json").read_text())
+    results = json.loads((run_folder / "results.json").read_text())
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["perplexity"] == pytest.approx(results["rows"][-1]["perplexity"], rel=1e-5)
 
 
-def test_a_dry_run_lists_and_sends_nothing(finished, hub, monkeypatch, capsys) -> None:
+def test_a_dry_run_lists_and_sends_nothing(run_folder, hub, monkeypatch, capsys) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    (finished / "mine.txt").write_text("not the run's")
+    (run_folder / "mine.txt").write_text("not the run's")
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["push", str(finished), "me/tiny", "--dry-run"])
+        cli.main(["push", str(run_folder), "me/tiny", "--dry-run"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
     for words in ("model.safetensors", "figures/quality.png", "nothing was sent", "tag v0.1.0", "write it: mine.txt"):
         assert words in printed
     assert hub.requests == []
-    (finished / "mine.txt").unlink()
+    (run_folder / "mine.txt").unlink()

@@ -34,13 +34,13 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def look(browser: Any, tmp_path: Path) -> Iterator[Any]:
-    """Open HTML from a file, at a width."""
+    """Open HTML from a file."""
     opened = []
 
-    def open_page(html: str, width: int = 1100) -> Look:
+    def open_page(html: str) -> Look:
         path = tmp_path / "report.html"
         path.write_text(html, encoding="utf-8")
-        seen = Look(browser.new_page(viewport={"width": width, "height": 800}))
+        seen = Look(browser.new_page(viewport={"width": 1100, "height": 800}))
         opened.append(seen.page)
         seen.page.on("console", lambda message: seen.said.append(message.text))
         seen.page.on("pageerror", lambda error: seen.said.append(str(error)))
@@ -54,17 +54,18 @@ def look(browser: Any, tmp_path: Path) -> Iterator[Any]:
         page.close()
 
 
-@pytest.mark.parametrize("width", [1100, 390])
-def test_the_report_renders_and_asks_for_nothing(look, results, records, evaluation, width) -> None:
-    seen = look(render_html(results, records, evaluation), width)
-    assert (seen.said, seen.requests) == ([], [])
-    boxes = [figure.bounding_box() for figure in seen.page.query_selector_all("figure svg")]
-    assert len(boxes) == 8
-    assert all(box["width"] > 250 and box["height"] > 50 and box["x"] + box["width"] <= width for box in boxes)
-    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+def test_the_report_renders_and_asks_for_nothing(look, results, records, evaluation) -> None:
+    seen = look(render_html(results, records, evaluation))
+    for width in (1100, 390):
+        seen.page.set_viewport_size({"width": width, "height": 800})
+        boxes = [figure.bounding_box() for figure in seen.page.query_selector_all("figure svg")]
+        assert len(boxes) == 8
+        assert all(box["width"] > 250 and box["height"] > 50 and box["x"] + box["width"] <= width for box in boxes)
+        assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
     for words in ("14.81", "memory zeroed", "Transfer loss by layer", "Perplexity by position: book", "Loss: finetune"):
         assert seen.page.get_by_text(words).first.is_visible(), words
     assert seen.page.locator("tr.final").inner_text().startswith("after <finetune>")
+    assert (seen.said, seen.requests) == ([], [])
 
 
 def test_what_the_look_is_for_would_be_seen(look, results) -> None:

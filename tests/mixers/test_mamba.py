@@ -206,8 +206,9 @@ def test_the_published_start(random_teacher, recipe):
     assert mixer.output_gate.weight.dtype == torch.bfloat16
 
 
-def test_our_recipe_starts_near_the_window(random_teacher, make_mixer):
-    """Right after surgery the logits are much closer to those of the window alone than the published layer's are."""
+@pytest.mark.parametrize("recipe", ["mamba", "gdn", "supra"])
+def test_our_recipe_starts_near_the_window(random_teacher, make_mixer, recipe):
+    """Right after surgery the logits are much closer to those of the window alone than a published layer's are."""
     ids = torch.randint(1, 61, (2, 40), generator=torch.Generator().manual_seed(1))
 
     def logits(mixer):
@@ -216,7 +217,7 @@ def test_our_recipe_starts_near_the_window(random_teacher, make_mixer):
         with torch.no_grad():
             return model(ids).logits
 
-    ours = Recipe.from_yaml("mamba").mixer.model_dump()
+    ours = Recipe.from_yaml(recipe).mixer.model_dump()
     window = logits(make_mixer(combine="window_only", window=ours["window"]))
     published = Recipe.from_yaml("paper/mamba2-llama").mixer.model_dump()
     near, far = ((logits(mixer) - window).square().mean() for mixer in (ours, published))

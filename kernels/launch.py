@@ -76,10 +76,17 @@ class Launch:
 
 
 def layout(tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
-    """All that kernels can be specialised on in these tensors: device, dtypes, shapes, strides, alignment."""
-    return tuple(
-        [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % 16, x.get_device()) for x in tensors]
-    )
+    """All that a plan depends on in these tensors: device, dtypes, shapes, strides, alignment, which are the same."""
+    first: dict[int, int] = {}
+    kinds: list[Hashable] = []
+    for index, x in enumerate(tensors):
+        if x is None:
+            kinds.append(None)
+            continue
+        address = x.data_ptr()
+        same = first.setdefault(address, index)
+        kinds.append((x.dtype, x.shape, x.stride(), address % 16, x.get_device(), same))
+    return tuple(kinds)
 
 
 def unit_stride(x: Tensor) -> Tensor:

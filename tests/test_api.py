@@ -20,7 +20,7 @@ from linearize.errors import LinearizeError
 from linearize.eval import kv_cache_bytes
 from linearize.evaluation import evaluate_folder
 from linearize.generation import generate_text
-from linearize.hub import written_files
+from linearize.hub import choose_files, written_files
 from linearize.recipe import Recipe
 
 FILES = {
@@ -298,6 +298,9 @@ def test_evaluate_and_generate_a_finished_folder(teacher, tmp_path) -> None:
     result = linearize(teacher, "liger", tmp_path / "out", **small())
     models = evaluate_folder(result.output, against=teacher, recall="none", samples=1)["models"]
     assert [model["name"] for model in models][:3] == ["teacher", "out", "memory zeroed"]
+    for page in ("README.md", "report.html"):  # written anew with the evaluation
+        assert "zeroing it changes the loss on held-out" in (result.output / page).read_text()
+    assert "eval/eval.md" in choose_files(result.output).files
     measured = models[1]["text"]["held-out"]
     assert measured["perplexity"] == pytest.approx(result.results["rows"][-1]["perplexity"], rel=1e-5)
     assert measured["kl"] == pytest.approx(result.results["rows"][-1]["kl"], rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -39,13 +40,24 @@ from linearize.planning import (
     resolve_heads,
 )
 from linearize.probe import run_probe, sample_settings
+from linearize.processes import ALONE, Processes
 from linearize.recipe import Distill, Preference, Recipe, Transfer
 from linearize.report import draw_png, read_metrics, write_pages
 from linearize.report.track import tracker
+from linearize.sharding import evaluating, shard
 from linearize.stages import Run, run_stage
 from linearize.stream_plan import parse_layers
 from linearize.surgery import Surgery, convert
-from linearize.teacher import TeacherInfo, TeacherSource, base_model, load_config, load_teacher, local_folder, resolve
+from linearize.teacher import (
+    TeacherInfo,
+    TeacherSource,
+    base_model,
+    fetch,
+    load_config,
+    load_teacher,
+    local_folder,
+    resolve,
+)
 
 PROMPT = "A Python function is defined with the keyword"
 Watch = Callable[[dict[str, Any]], None]
@@ -181,21 +193,52 @@ def linearize(
             raise LinearizeError("--push-to-hub has nothing to push with --layers, which makes a part; push the merge.")
     try:
         job = prepare_job(model, recipe, **settings)
+        processes = Processes.start(job.device)
+        check_shared(job.recipe, processes.count, job.stream_layers)
     except LinearizeError as error:
         raise workspace.waiting(error, model, output) from error
     name = f"{job.source.name}-{job.recipe.name.replace('/', '-')}"
     folder = Path(output) if output is not None else Path(name)
-    finished = workspace.finished_results(folder, job.settings(), fresh)
+    finished = processes.once(lambda: workspace.finished_results(folder, job.settings(), fresh))
     if finished is not None:
-        workspace.clear(folder)
-        return Result(folder, finished, True, None if push_to_hub is None else push(folder, push_to_hub))
-    with (
-        Signals() as signals,
-        workspace.hold(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk)) as work,
-    ):
-        results = _run(job, work, _watcher(watch, track, work), signals)
-        workspace.publish(work, folder)
-    return Result(folder, results, False, None if push_to_hub is None else push(folder, push_to_hub))
+        processes.once(lambda: workspace.clear(folder))
+        return Result(folder, finished, True, _pushed(folder, push_to_hub, processes))
+    held = workspace.hold(folder, job.settings(), fresh, lambda: check_disk(folder.parent, job.plan.disk))
+    with Signals() as signals, contextlib.ExitStack() as stack:
+        work = processes.once(lambda: stack.enter_context(held))
+        results = _run(job, work, processes, _watcher(watch, track, work) if processes.main else _silent, signals)
+        processes.once(lambda: workspace.publish(work, folder))
+    return Result(folder, results, False, _pushed(folder, push_to_hub, processes))
+
+
+def _pushed(folder: Path, repository: str | None, processes: Processes) -> Pushed | None:
+    """Upload the finished folder, where that was asked for, and return where it lies."""
+    return None if repository is None else processes.once(lambda: push(folder, repository))
+
+
+def check_shared(recipe: Recipe, count: int, stream_layers: bool = False) -> None:
+    """Raise unless `count` processes can share every batch of a recipe evenly.
+
+    Raises:
+        LinearizeError: they cannot, layers are streamed, or a stage puts its teacher on another process's GPU.
+    """
+    if count > 1 and stream_layers:
+        raise LinearizeError(
+            f"--stream-layers works in one process, and {count} were started. Start one for each range of layers, with "
+            "--layers, and join the parts with `linearize merge`."
+        )
+    for index, stage in enumerate(recipe.stages):
+        if stage.batch % count:
+            raise LinearizeError(
+                f"`stages.{index}.batch` is {stage.batch} rows, which {count} processes cannot share evenly. Set "
+                f"stages.{index}.batch={-(-stage.batch // count) * count}, or start a number of processes that "
+                f"divides {stage.batch}."
+            )
+        if count > 1 and isinstance(stage, Distill) and stage.teacher_device is not None:
+            raise LinearizeError(
+                f"`stages.{index}.teacher_device` is {stage.teacher_device}, and each of {count} processes has one "
+                "device. Drop it."
+            )
 
 
 def load(folder: str | Path, *, teacher: str | None = None, **options: Any) -> Any:
@@ -230,7 +273,7 @@ def load(folder: str | Path, *, teacher: str | None = None, **options: Any) -> A
     return model
 
 
-def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]:
+def _run(job: Job, work: Path, processes: Processes, watch: Watch, signals: Signals) -> dict[str, Any]:
     """Carry a job out in its work folder and leave the finished checkpoint in `work/final`."""
     began = time.time()
     if job.stream_layers:
@@ -240,27 +283,35 @@ def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]
         if results is not None:
             return results
     watch({"event": "load", "model": job.source.name})
-    model, tokenizer, info = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
-    workspace.same_teacher(work, info)
-    job, scores = plan_probed(job, model, tokenizer, work, watch)
-    corpus = keep_corpus(job, tokenizer, work)
-    pairs = _pairs(job, tokenizer, work)
+    processes.once(lambda: fetch(job.source) is None)
+    model, tokenizer, info = load_teacher(job.source, job.dtype, processes.host, job.trust_remote_code)
+    processes.once(lambda: workspace.same_teacher(work, info))
+    job, scores = plan_probed(job, model, tokenizer, work, watch, processes)
+    corpus = keep_corpus(job, tokenizer, work, processes)
+    pairs = _pairs(job, tokenizer, work, processes)
     for part in (corpus, *pairs.values()):
         watch({"event": "data", "description": part.description})
-    rows = Rows(work / "rows.json", watch)
+    rows = Rows(work / "rows.json", watch, processes)
     samples: dict[str, str] = {"prompt": PROMPT}
     reference = None
-    if not rows.complete(job):
-        watch({"event": "evaluate", "name": "teacher"})
-        reference = TeacherReference(model, corpus.held_out)
-        rows.add({**reference.quality.row("teacher"), "tokens": 0, "seconds": 0.0})
-    samples["teacher"] = sample(model, tokenizer, PROMPT)
+    with evaluating(model, processes) as teacher:
+        if not rows.complete(job):
+            watch({"event": "evaluate", "name": "teacher"})
+            reference = TeacherReference(teacher, corpus.held_out)
+            rows.add({**reference.quality.row("teacher"), "tokens": 0, "seconds": 0.0})
+        samples["teacher"] = sample(teacher, tokenizer, PROMPT)
+    del teacher
     surgery = _convert(job, model)
     if surgery is not None and not rows.has("after surgery"):
         watch({"event": "evaluate", "name": "after surgery"})
-        rows.add({**evaluate(model, corpus.held_out, reference).row("after surgery"), "tokens": 0, "seconds": 0.0})
-    _stages(job, model, surgery, corpus, pairs, reference, work, rows, watch, signals)
-    samples["student"] = sample(model, tokenizer, PROMPT)
+        with evaluating(model, processes) as student:
+            quality = evaluate(student, corpus.held_out, reference)
+        rows.add({**quality.row("after surgery"), "tokens": 0, "seconds": 0.0})
+        del student
+    _stages(job, model, surgery, corpus, pairs, reference, work, processes, rows, watch, signals)
+    with evaluating(model, processes) as student:
+        samples["student"] = sample(student, tokenizer, PROMPT)
+    del student
     results = {
         "model": job.source.name,
         "recipe": job.recipe.name,
@@ -273,7 +324,7 @@ def _run(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[str, Any]
         "causal": job.recipe.causal,
     }
     watch({"event": "save"})
-    _save(job, model, tokenizer, results, work, scores)
+    processes.once(lambda: _save(job, model, tokenizer, results, work, scores))
     return results
 
 
@@ -304,23 +355,32 @@ def _stages(
     pairs: dict[str, Corpus],
     reference: TeacherReference | None,
     work: Path,
+    processes: Processes,
     rows: Rows,
     watch: Watch,
     signals: Signals,
 ) -> None:
+    def teacher_on(device: torch.device) -> Any:
+        where = processes.host if processes.sharded else device
+        teacher = load_teacher(job.source, job.dtype, where, job.trust_remote_code)[0]
+        if processes.sharded:
+            shard(teacher, processes)
+        return teacher
+
     run = Run(
         model=model,
         surgery=surgery,
         corpus=corpus,
         folder=work / workspace.STAGES,
         seed=job.seed,
-        device=job.device,
+        device=processes.host,
         autocast=None if job.dtype == torch.float32 else job.dtype,
         metrics=work / "metrics.jsonl",
         progress=lambda record: watch({"event": "step", **record}),
         tell=watch,
         signals=signals,
-        load_teacher=lambda device: load_teacher(job.source, job.dtype, device, job.trust_remote_code)[0],
+        load_teacher=teacher_on,
+        processes=processes,
     )
     tokens = seconds = 0.0
     recipe = job.recipe
@@ -335,7 +395,9 @@ def _stages(
         tokens, seconds = tokens + spent["tokens"], seconds + spent["seconds"]
         if not rows.has(f"after {name}"):
             watch({"event": "evaluate", "name": f"after {name}"})
-            quality = evaluate(model, corpus.held_out, reference)
+            with evaluating(model, processes) as student:
+                quality = evaluate(student, corpus.held_out, reference)
+            del student
             rows.add({**quality.row(f"after {name}"), "tokens": int(tokens), "seconds": seconds})
 
 
@@ -353,12 +415,16 @@ class Rows:
     Args:
         path: where.
         watch: told of every new row.
+        processes: of which the first one's rows count.
     """
 
-    def __init__(self, path: Path, watch: Watch) -> None:
+    def __init__(self, path: Path, watch: Watch, processes: Processes = ALONE) -> None:
         self.path = path
         self.watch = watch
-        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self.processes = processes
+        self.rows: list[dict[str, Any]] = processes.once(
+            lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        )
 
     def has(self, name: str) -> bool:
         """Return whether this row was measured."""
@@ -373,24 +439,26 @@ class Rows:
     def add(self, row: dict[str, Any]) -> None:
         """Enter a row, unless it was measured before an interruption."""
         if not self.has(row["name"]):
-            self.rows.append(row)
-            beside = self.path.with_suffix(".new")
-            write_text(beside, json.dumps(self.rows))
-            beside.replace(self.path)
+            self.rows.append(self.processes.agreed(row))
+            self.processes.once(self._write)
         self.watch({"event": "row", "row": row})
 
+    def _write(self) -> None:
+        beside = self.path.with_suffix(".new")
+        write_text(beside, json.dumps(self.rows))
+        beside.replace(self.path)
 
-def keep_corpus(job: Job, tokenizer: Any, work: Path) -> Corpus:
+def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALONE) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
     stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
     budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
     tokens = max(1, budget) * job.recipe.data.length
     masked = not job.recipe.causal
     build = partial(build_corpus, job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=masked)
-    return _kept(work / "data", build)
+    return _kept(work / "data", build, processes)
 
 
-def _pairs(job: Job, tokenizer: Any, work: Path) -> dict[str, Corpus]:
+def _pairs(job: Job, tokenizer: Any, work: Path, processes: Processes) -> dict[str, Corpus]:
     """The pairs of each preference stage, by its name."""
     found: dict[str, Corpus] = {}
     length = job.recipe.data.length
@@ -398,22 +466,26 @@ def _pairs(job: Job, tokenizer: Any, work: Path) -> dict[str, Corpus]:
         if isinstance(stage, Preference):
             count = stage.steps(length) * stage.batch
             build = partial(build_preferences, stage, tokenizer, length=length, pairs=count, seed=job.seed)
-            found[name] = _kept(work / f"data-{name}", build)
+            found[name] = _kept(work / f"data-{name}", build, processes)
     return found
 
 
-def _kept(folder: Path, build: Callable[[], Corpus]) -> Corpus:
+def _kept(folder: Path, build: Callable[[], Corpus], processes: Processes) -> Corpus:
     """The corpus in a folder, built and saved there first where it is not."""
-    if folder.exists():
-        return Corpus.load(folder)
-    corpus = build()
-    beside = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    corpus.save(beside)
-    sync_all(beside)
-    beside.rename(folder)
-    sync(folder.parent)
-    return corpus
+
+    def make() -> None:
+        if folder.exists():
+            return
+        corpus = build()
+        beside = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(beside, ignore_errors=True)
+        corpus.save(beside)
+        sync_all(beside)
+        beside.rename(folder)
+        sync(folder.parent)
+
+    processes.once(make)
+    return Corpus.load(folder)
 
 
 def _convert(job: Job, model: Any) -> Surgery | None:
@@ -426,7 +498,9 @@ def _convert(job: Job, model: Any) -> Surgery | None:
     return convert(model, recipe.mixer.model_dump(), layers, recipe.exact_heads)
 
 
-def plan_probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) -> tuple[Job, ProbeScores | None]:
+def plan_probed(
+    job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch, processes: Processes = ALONE
+) -> tuple[Job, ProbeScores | None]:
     """Return the job with layers and heads chosen by the probe, where its recipe leaves them to it, and the scores.
 
     The scores stay in the work folder: a run that goes on chooses what it chose before.
@@ -435,13 +509,16 @@ def plan_probed(job: Job, model: Any, tokenizer: Any, work: Path, watch: Watch) 
     if not recipe.probed:
         return job, None
     if leaves_a_choice(recipe, model.config, job.dtype):
-        if path.exists():
+        if processes.agreed(path.exists()):
             scores = ProbeScores.read(path)
         elif recipe.probe.file is not None:
             scores = ProbeScores.read(Path(recipe.probe.file))
         else:
-            scores = _score(model, tokenizer, recipe, job.source.name, job.seed, watch)
-        scores.write(path)
+            with evaluating(model, processes) as teacher:
+                scores = _score(teacher, tokenizer, recipe, job.source.name, job.seed, watch)
+            del teacher
+        scores = processes.agreed(scores)
+        processes.once(partial(scores.write, path))
         chosen = resolve_heads(recipe, scores, model.config, job.dtype)
     else:  # the cache budget buys no head, or every head
         chosen = place_heads(recipe, model.config, job.dtype)
@@ -552,6 +629,10 @@ def probe(
     chosen = resolve_heads(job.recipe, scores, config, job.dtype).model_dump(mode="json")["exact_heads"]
     _write_probe(scores, folder, chosen)
     return scores, folder
+
+
+def _silent(event: dict[str, Any]) -> None:
+    """What the other processes tell of a run."""
 
 
 def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+FILE_BYTES = 2 * 2**30
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 
@@ -55,12 +57,19 @@ def sync_all(folder: Path) -> None:
         sync(path)
 
 
-def save(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name; of names that share a tensor, as tied weights do, the first alone."""
+    once = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(list(tensors.items()))}
+    return {name: t for name, t in tensors.items() if once[t.data_ptr(), t.shape, t.stride()] == name}
+
+
+def save(folder: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
     """Write a checkpoint; the one of the same name becomes the one before it when the new one is whole.
 
     Args:
         folder: the checkpoint's own folder. What lies there was written or read by this process, so that it is whole.
-        tensors: by name; copied to the CPU one at a time. Of names that share a tensor the first alone is written.
+        tensors: names and tensors that share no memory, taken one after the other; no more of them are copied to the
+            CPU at once than fill a file (`FILE_BYTES`).
         state: JSON values.
     """
     new, old = _beside(folder, "new"), _beside(folder, "old")
@@ -93,7 +102,7 @@ def load(folder: Path) -> Checkpoint | None:
             _put_away(candidate, folder)
             continue
         state: dict[str, Any] = json.loads((candidate / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(candidate / TENSORS)
+        tensors = {name: tensor for file in _tensor_files(candidate) for name, tensor in load_file(file).items()}
         if candidate.name.endswith(".new"):
             _promote(folder)
         elif candidate != folder:
@@ -120,15 +129,31 @@ def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(f"{folder.name}.{suffix}")
 
 
-def _write(new: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    once = {(t.data_ptr(), t.shape, t.stride()): name for name, t in reversed(tensors.items())}  # tied weights
-    kept = {name: t for name, t in tensors.items() if once[t.data_ptr(), t.shape, t.stride()] == name}
-    save_file({name: t.detach().cpu().contiguous() for name, t in kept.items()}, new / TENSORS)
-    sync(new / TENSORS)
+def _write(new: Path, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+    for number, part in enumerate(_parts(tensors)):
+        path = new / (f"tensors-{number}.safetensors" if number else TENSORS)
+        save_file(part, path)
+        sync(path)
     write_text(new / STATE, json.dumps(state))
-    files = {name: _digest(new / name) for name in (TENSORS, STATE)}
-    write_text(new / MANIFEST, json.dumps(files))
+    write_text(new / MANIFEST, json.dumps(_digests(new)))
     sync(new)
+
+
+def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file, on the CPU; one file at least."""
+    part: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > FILE_BYTES:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    yield part
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _put_away(broken: Path, folder: Path) -> None:
@@ -155,9 +180,13 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _digests(folder: Path) -> dict[str, Any]:
+    return {path.name: _digest(path) for path in (*_tensor_files(folder), folder / STATE)}
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(files == {name: _digest(folder / name) for name in (TENSORS, STATE)})
+        return bool(files == _digests(folder) and TENSORS in files)
     except (OSError, ValueError):
         return False

@@ -8,7 +8,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linearize.processes import Processes
 
 USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 PATIENCE = 2.0  # a launcher hands on the signal that its workers got from the terminal already
@@ -67,13 +70,24 @@ class Signals:
 
     @contextlib.contextmanager
     def later(self) -> Iterator[None]:
-        """Let a signal wait until the end of the block."""
-        self.waits = True
+        """Let a signal wait until the end of the block, and of the one around it."""
+        around, self.waits = self.waits, True
         try:
             yield
         finally:
-            self.waits = False
-        self.check()
+            self.waits = around
+        if not around:
+            self.check()
+
+    def agree(self, processes: Processes) -> None:
+        """Stop here, in all processes, if a signal came to any of several.
+
+        Raises:
+            Stopped: one did.
+        """
+        if processes.count > 1:
+            self.received = processes.largest(self.received or 0) or None
+            self.check()
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.received is None:

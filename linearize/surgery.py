@@ -85,6 +85,10 @@ class Surgery:
             heads, _, head_dim = family.heads(self.teachers[layer], self.model.config)
             family.permute(self.teachers[layer], self._orders[layer], heads, head_dim)
 
+    def beside(self) -> list[nn.Module]:
+        """Return the attention modules that wait beside the model, in which another stands in their place."""
+        return [*self.teachers.values(), *self._waiting.values()]
+
     def only(self, layers: Iterable[int]) -> Surgery:
         """Return the surgery as if it had converted these layers alone; the model is the same object."""
         chosen = {index: teacher for index, teacher in self.teachers.items() if index in set(layers)}

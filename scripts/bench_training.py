@@ -66,6 +66,7 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
     run = Run(model, surgery, Corpus(rows, rows, "", "", {}), Path("unused"), 0, device, torch.bfloat16)
     runner = RUNNERS[stage.stage](stage, run)
     trained = runner.prepare()
+    runner.ready()
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     progress = Progress(trained, stage)

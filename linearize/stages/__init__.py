@@ -33,7 +33,8 @@ def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = N
     """
     runner = runner or RUNNERS[settings.stage](settings, run)
     ended = run.folder / f"{name}-ended"
-    found, broken = checkpoint.load(ended), ended.with_name(f"{ended.name}.damaged")
+    processes = run.processes
+    found, broken = processes.in_turn(lambda: checkpoint.load(ended)), ended.with_name(f"{ended.name}.damaged")
     steps = settings.steps(run.corpus.train.length)
     run.tell({"event": "stage", "stage": name, "steps": steps, "ended": found is not None})
     if found is not None:
@@ -45,9 +46,11 @@ def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = N
         run.tell({"event": "damaged", "stage": name, "checkpoint": str(broken)})
 
     def end(spent: dict[str, float]) -> None:
-        tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
-        checkpoint.save(ended, tensors, spent)
-        checkpoint.remove(run.folder / name)
+        if processes.main:
+            tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
+            checkpoint.save(ended, checkpoint.distinct(tensors).items(), spent)
+            checkpoint.remove(run.folder / name)
+        processes.wait()
 
     return train(runner, name, end)
 

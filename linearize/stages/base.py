@@ -10,6 +10,7 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from linearize import checkpoint
 from linearize.data import Corpus, PackedRows, batches, rows_seen
 from linearize.interrupt import Signals, Stopped
+from linearize.processes import Processes
 from linearize.recipe import Stage
 from linearize.report.metrics import MetricsWriter
-from linearize.stages.gradients import clip, layer_norms
+from linearize.sharding import spread, training
+from linearize.stages.gradients import alike, clip, layer_norms
 from linearize.stages.spikes import Spikes, diagnose
 from linearize.surgery import Surgery
 
@@ -32,6 +35,7 @@ SAVE_COST = 1.5  # seconds; a checkpoint that takes longer is written less often
 PLATEAU_STEPS = 100
 PLATEAU_ROWS = 32
 RATES = ("lr", "mixer_lr")
+RANK_SEED = 1_000_003
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Run:
         progress: takes the record of each step, to show it.
         tell: takes what else happens, as events.
         signals: says when the run is to stop.
+        processes: that share the work.
     """
 
     model: Any
@@ -67,6 +72,11 @@ class Run:
     teacher_copy: bool = False
     tell: Callable[[dict[str, Any]], None] = lambda event: None
     signals: Signals = field(default_factory=Signals)
+    processes: Processes = field(default_factory=Processes)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the model, and the attention modules that surgery keeps beside it."""
+        return [self.model, *(self.surgery.beside() if self.surgery is not None else ())]
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which forward passes run."""
@@ -76,7 +86,13 @@ class Run:
 
 
 class StageRunner(ABC):
-    """One stage on one model. Subclasses say what trains and how a batch turns into gradients."""
+    """One stage on one model. Subclasses say what trains and how a batch turns into gradients.
+
+    Attributes:
+        trains_inside_forward: `backward` works inside the model's forward pass, where FSDP2 takes no gradients up.
+    """
+
+    trains_inside_forward = False
 
     def __init__(self, settings: Any, run: Run) -> None:
         self.settings = settings
@@ -104,6 +120,9 @@ class StageRunner(ABC):
     @abstractmethod
     def prepare(self) -> dict[str, nn.Parameter]:
         """Set the model up and return what trains, by name."""
+
+    def ready(self) -> None:  # noqa: B027
+        """Bring what training needs besides, such as a teacher; the model is where it trains by then."""
 
     @abstractmethod
     def backward(self, rows: PackedRows, share: float) -> dict[str, Any]:
@@ -200,7 +219,7 @@ def train(
         LinearizeError: the loss or a gradient was not finite, or had a spike, for too many steps in a row.
         Stopped: a signal came; the checkpoint has all steps that were made.
     """
-    run, settings = runner.run, runner.settings
+    run = runner.run
     seed = stage_seed(run.seed, name)
     torch.manual_seed(seed)
     runner.seed = seed
@@ -208,62 +227,116 @@ def train(
     dtypes = {key: parameter.dtype for key, parameter in trained.items()}
     for parameter in trained.values():
         parameter.data = parameter.data.float()
-    rows = run.corpus.train
-    steps = settings.steps(rows.length)
-    total = steps * runner.rounds
-    progress = Progress(trained, settings)
-    progress.spikes = Spikes(total)
-    folder = run.folder / name
-    runner.resume(progress.restore(folder, run.tell))
-    groups = runner.clip_groups(trained)
-    tokens = settings.batch * rows.length
-    source: Iterator[PackedRows] = iter(())
-    saves = Saves(folder, progress, runner)
-    more, begun = True, -1
-    try:
-        with MetricsWriter(run.metrics, resume=(name, progress.step)) as metrics:
-            while more and progress.step < total:
-                began = time.monotonic()
-                turn, step = divmod(progress.step, steps)
-                if turn != begun:
-                    runner.begin(turn)
-                    begun = turn
-                    source = batches(rows, settings.batch, seed, start_step=step)
-                with run.signals.later():
-                    torch.manual_seed(seed + progress.step)
-                    progress.schedule(step, steps)
-                    batch = runner.batch(next(source))
-                    losses = _gradients(runner, batch, trained)
-                    norms = layer_norms(trained)
-                    norm = clip(groups, settings.optimizer.clip)
-                    fit = progress.spikes.fit(losses["loss"], norm)
-                    if progress.spikes.too_many:
-                        where = diagnose(runner, batch, losses, norms)
-                        raise progress.spikes.error(name, progress.step + 1, saves.words, where)
-                    progress.advance(lambda: runner.held_out_loss(run.corpus.held_out[:PLATEAU_ROWS]), fit)
-                    more = runner.after_step(progress.step)
-                    spent = time.monotonic() - began
-                    progress.seconds += spent
-                    record = {**losses, "tokens": progress.step * tokens // runner.rounds}
-                    record |= {"tokens_per_second": tokens / spent, **progress.rates, "grad_norm": norm}
-                    record |= {"grad_norms": norms, "skipped": progress.spikes.skipped}
-                    metrics.write(name, progress.step, **record)
-                    run.progress({"stage": name, "step": progress.step, "steps": total, **record})
-                    if more and progress.step < total and saves.due:
-                        saves.save()
-        with run.signals.later():
-            trained_tokens = progress.step * tokens // runner.rounds
-            runner.finish()
-            for key, parameter in trained.items():
-                parameter.data = parameter.data.to(dtypes[key])
-            done = {"tokens": float(trained_tokens), "seconds": progress.seconds}
-            end(done)
-            saves.step = progress.step
-    except Stopped as stopped:
-        saves.save()
-        stopped.kept = f"Stage {name!r} is at step {progress.step} of {total}, and {saves.words}"
-        raise
-    return done
+    # Several processes stop together, behind the same step.
+    with run.signals.later() if run.processes.count > 1 else contextlib.nullcontext():
+        with training(runner, trained) as (worker, working):
+            steps = Steps(worker, working, name)
+            steps.run()
+        try:
+            with run.signals.later():
+                runner.finish()
+                for key, parameter in trained.items():
+                    parameter.data = parameter.data.to(dtypes[key])
+                end(steps.spent)
+                steps.saves.step = steps.progress.step
+        except Stopped as stopped:
+            steps.stop(stopped)
+            raise
+    return steps.spent
+
+
+class Steps:
+    """The steps of a stage, from its last checkpoint if there is one.
+
+    Args:
+        runner: the stage, prepared.
+        trained: what trains, by name.
+        name: of the stage.
+    """
+
+    def __init__(self, runner: StageRunner, trained: dict[str, nn.Parameter], name: str) -> None:
+        self.runner, self.trained, self.name = runner, trained, name
+        run, settings = runner.run, runner.settings
+        self.each = settings.steps(run.corpus.train.length)
+        self.total = self.each * runner.rounds
+        self.tokens = settings.batch * run.corpus.train.length
+        self.progress = Progress(trained, settings)
+        self.progress.spikes = Spikes(self.total)
+        folder = run.folder / name
+        runner.resume(self.progress.restore(folder, run.processes, run.tell))
+        self.saves = Saves(folder, self.progress, runner)
+        self.groups = runner.clip_groups(trained)
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Tokens and seconds of training so far."""
+        tokens = self.progress.step * self.tokens // self.runner.rounds
+        return {"tokens": float(tokens), "seconds": self.progress.seconds}
+
+    def stop(self, stopped: Stopped) -> None:
+        """Save, and tell where the stage is."""
+        self.saves.save()
+        stopped.kept = f"Stage {self.name!r} is at step {self.progress.step} of {self.total}, and {self.saves.words}"
+
+    def run(self) -> None:
+        """Make the steps that are left.
+
+        Raises:
+            LinearizeError: too many steps in a row could not be made.
+            Stopped: a signal came; everything is saved.
+        """
+        run, progress = self.runner.run, self.progress
+        self.runner.ready()
+        log = MetricsWriter(run.metrics, resume=(self.name, progress.step)) if run.processes.main else None
+        source: Iterator[PackedRows] = iter(())
+        more, begun = True, -1
+        try:
+            with log or contextlib.nullcontext():
+                while more and progress.step < self.total:
+                    turn, step = divmod(progress.step, self.each)
+                    if turn != begun:
+                        self.runner.begin(turn)
+                        begun = turn
+                        rows, batch = run.corpus.train, self.runner.settings.batch
+                        source = batches(rows, batch, self.runner.seed, start_step=step)
+                    with run.signals.later():
+                        more, record = self._step(source, step)
+                        if log is not None:
+                            log.write(self.name, progress.step, **record)
+                        run.progress({"stage": self.name, "step": progress.step, "steps": self.total, **record})
+                        if more and progress.step < self.total and run.processes.agreed(self.saves.due):
+                            self.saves.save()
+                    run.signals.agree(run.processes)
+        except Stopped as stopped:
+            self.stop(stopped)
+            raise
+
+    def _step(self, source: Iterator[PackedRows], step: int) -> tuple[bool, dict[str, Any]]:
+        """Make one step; return whether the stage goes on, and the step's record."""
+        began = time.monotonic()
+        runner, progress, settings = self.runner, self.progress, self.runner.settings
+        processes, held_out = runner.run.processes, runner.run.corpus.held_out[:PLATEAU_ROWS]
+        torch.manual_seed(runner.seed + progress.step)
+        progress.schedule(step, self.each)
+        batch = runner.batch(next(source))
+        if processes.rank:  # dropout of its own
+            torch.manual_seed(runner.seed + progress.step + RANK_SEED * processes.rank)
+        losses = processes.summed(_gradients(runner, batch, self.trained))
+        processes.sum_gradients(self.trained.values())
+        norms = layer_norms(self.trained, processes)
+        norm = clip(self.groups, settings.optimizer.clip, processes)
+        fit = progress.spikes.fit(losses["loss"], norm)
+        if progress.spikes.too_many:
+            where = diagnose(runner, batch, losses, norms)
+            raise progress.spikes.error(self.name, progress.step + 1, self.saves.words, where)
+        progress.advance(lambda: processes.agreed(runner.held_out_loss(held_out)), fit)
+        more = runner.after_step(progress.step)
+        spent = time.monotonic() - began
+        progress.seconds += spent
+        record = {**losses, "tokens": progress.step * self.tokens // runner.rounds}
+        record |= {"tokens_per_second": self.tokens / spent, **progress.rates, "grad_norm": norm}
+        record |= {"grad_norms": norms, "skipped": progress.spikes.skipped}
+        return more, record
 
 
 class Saves:
@@ -301,7 +374,7 @@ class Saves:
         if self.step == self.progress.step:
             return
         began = time.monotonic()
-        self.progress.save(self.folder, self.runner.state())
+        self.progress.save(self.folder, self.runner.state(), self.runner.run.processes)
         self.step, self.at = self.progress.step, time.monotonic()
         self.cost = self.at - began
 
@@ -320,9 +393,13 @@ class Progress:
         wanted = settings.optimizer
         own = {name: parameter for name, parameter in trained.items() if is_mixer(name) and wanted.mixer_lr is not None}
         rest = [parameter for name, parameter in trained.items() if name not in own]
-        groups = [(rest, wanted.lr), (list(own.values()), wanted.mixer_lr)]
+        peaks = [(rest, wanted.lr), (list(own.values()), wanted.mixer_lr)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": params, "lr": peak, "peak": peak} for params, peak in groups if params],
+            [
+                {"params": part, "lr": peak, "peak": peak, "name": name}
+                for name, (params, peak) in zip(RATES, [entry for entry in peaks if entry[0]], strict=False)
+                for part in alike(params)
+            ],
             betas=wanted.betas,
             weight_decay=wanted.weight_decay,
             fused=next(iter(trained.values())).is_cuda if trained else None,
@@ -339,7 +416,7 @@ class Progress:
     @property
     def rates(self) -> dict[str, float]:
         """The learning rates in force: `lr`, and `mixer_lr` where the mixers have their own."""
-        return {name: float(group["lr"]) for name, group in zip(RATES, self.optimizer.param_groups, strict=False)}
+        return {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}
 
     def schedule(self, step: int, steps: int) -> None:
         """Set the learning rates of step `step` of `steps`; behind its warm-up, a plateau sets its own."""
@@ -356,8 +433,8 @@ class Progress:
         if self.plateau is not None and self.step % PLATEAU_STEPS == 0:
             self.plateau.step(held_out_loss())
 
-    def save(self, folder: Path, more: dict[str, Any]) -> None:
-        """Write the checkpoint, with what the stage's runner keeps besides."""
+    def save(self, folder: Path, more: dict[str, Any], processes: Processes) -> None:
+        """Write the checkpoint, with what the stage's runner keeps besides; process 0 writes."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             tensors[name] = parameter
@@ -367,16 +444,23 @@ class Progress:
         state["spikes"] = self.spikes.state()
         if self.plateau is not None:
             state["plateau"] = {key: getattr(self.plateau, key) for key in ("best", "num_bad_epochs", "last_epoch")}
-        checkpoint.save(folder, tensors, state)
+        whole = processes.whole(tensors) if processes.sharded else tensors.items()
+        if processes.main:
+            checkpoint.save(folder, whole, state)
+        elif processes.sharded:
+            deque(whole, maxlen=0)  # takes part in putting each tensor together
 
-    def restore(self, folder: Path, tell: Callable[[dict[str, Any]], None] = lambda event: None) -> dict[str, Any]:
+    def restore(
+        self, folder: Path, processes: Processes, tell: Callable[[dict[str, Any]], None] = lambda event: None
+    ) -> dict[str, Any]:
         """Go on from the checkpoint, if there is one, and return what the stage's runner keeps.
 
         Args:
             folder: of the checkpoint.
+            processes: that all go on from it.
             tell: takes the event that says which checkpoint is used.
         """
-        found = checkpoint.load(folder)
+        found = processes.in_turn(lambda: checkpoint.load(folder))
         if found is None:
             return {}
         tensors, state, damaged = found
@@ -385,13 +469,14 @@ class Progress:
             key, _, name = full.rpartition("@")
             like = self.trained[name]
             if key:
-                self.optimizer.state[like][key] = tensor.to(like.device)  # on a GPU the fused optimizer counts there
+                whole = key == "step"  # on a GPU the fused optimizer counts there
+                self.optimizer.state[like][key] = tensor.to(like.device) if whole else spread(tensor, like)
             else:
-                like.data.copy_(tensor)
+                like.data.copy_(spread(tensor, like))
         for key, value in state.get("plateau", {}).items():
             setattr(self.plateau, key, value)
-        for group, rate in zip(self.optimizer.param_groups, state["rates"].values(), strict=True):
-            group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = state["rates"][group["name"]]
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.spikes.resume(state["spikes"])
         kept: dict[str, Any] = state["runner"]
@@ -404,7 +489,7 @@ def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Para
         try:
             return _accumulate(runner, rows, runner.micro)
         except torch.OutOfMemoryError:
-            if runner.micro == 1:
+            if runner.micro == 1 or runner.run.processes.sharded:  # under FSDP2 the others are in the same pass
                 raise
         runner.shrink()
         for parameter in trained.values():
@@ -414,10 +499,12 @@ def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Para
 
 
 def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, Any]:
-    """Add the gradients of a batch, `micro` rows at a time, and return its losses."""
+    """Add the gradients of this process's part of a batch, `micro` rows at a time; return its part of the losses."""
+    processes = runner.run.processes
     total: dict[str, Any] = {}
-    for part, share in _micro_batches(rows, runner.weights(rows), micro):
-        runner.run.signals.check()  # gradients are lost, nothing else
+    for part, share in _micro_batches(rows, runner.weights(rows), micro, processes.part(len(rows))):
+        if processes.count == 1:
+            runner.run.signals.check()  # gradients are lost, nothing else
         for key, value in runner.backward(part, share).items():
             if isinstance(value, dict):
                 before = total.get(key, {})
@@ -427,7 +514,8 @@ def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, 
     return total
 
 
-def _micro_batches(rows: PackedRows, weights: Tensor, micro: int) -> Iterator[tuple[PackedRows, float]]:
-    """Parts of a batch with their shares of its weight."""
-    for start in range(0, len(rows), micro):
-        yield rows[start : start + micro], float(weights[start : start + micro].sum() / weights.sum())
+def _micro_batches(rows: PackedRows, weights: Tensor, micro: int, part: slice) -> Iterator[tuple[PackedRows, float]]:
+    """Pieces of a part of a batch with their shares of the whole batch's weight."""
+    for start in range(part.start, part.stop, micro):
+        piece = slice(start, min(start + micro, part.stop))
+        yield rows[piece], float(weights[piece].sum() / weights.sum())

@@ -34,7 +34,7 @@ class DistillRunner(FinetuneRunner):
         self.kept: KeptAnswers | None = None
 
     def prepare(self) -> dict[str, nn.Parameter]:
-        """Bring the teacher, or what it said about every row, and choose what trains.
+        """Choose what trains.
 
         Raises:
             LinearizeError: `top_k` is more than the vocabulary has.
@@ -42,15 +42,17 @@ class DistillRunner(FinetuneRunner):
         vocabulary = self.run.model.config.vocab_size
         if self.settings.top_k is not None and self.settings.top_k > vocabulary:
             raise LinearizeError(f"`top_k` is {self.settings.top_k}; the model's vocabulary has {vocabulary} tokens.")
+        return super().prepare()
+
+    def ready(self) -> None:
+        """Bring the teacher, or what it said about every row."""
         if self.settings.cache:
             settings = {"top_k": self.settings.top_k, "temperature": self.settings.temperature}
             self.kept = KeptAnswers(self.run.folder / "teacher", self.rows_seen(), settings)
-            self.kept.fill(self._answer)
+            self.kept.fill(self._answer, self.run.processes)
         else:
             self.teacher = Teacher(self.run, self.settings.teacher_device)
-        trained = super().prepare()
         self._ask_fast()
-        return trained
 
     def shrink(self) -> None:
         """As for every stage; what was captured of a larger pass goes."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from linearize.processes import ALONE, Processes
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 REST = "rest"
@@ -18,29 +21,52 @@ def layer_of(name: str) -> str:
     return found[1] if found else REST
 
 
-def layer_norms(trained: dict[str, nn.Parameter]) -> dict[str, float]:
+def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return parameters in up to two lists: whole ones and sharded ones, which no operation takes together."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
+    return [kind for kind in kinds if kind]
+
+
+def squares(gradients: list[Tensor], processes: Processes = ALONE) -> Tensor:
+    """Return the squared norm of each gradient in fp64; of a sharded one, of the whole."""
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    norms: list[Tensor] = list(torch._foreach_norm(local))
+    found = torch.stack([norm.double() for norm in norms]).square()
+    sharded = [place for place, gradient in enumerate(gradients) if isinstance(gradient, DTensor)]
+    if sharded:
+        found[sharded] = processes.sum(found[sharded])
+    return found
+
+
+def layer_norms(trained: dict[str, nn.Parameter], processes: Processes = ALONE) -> dict[str, float]:
     """Return the norm of each layer's gradients before clipping, and that of what is in no layer.
 
     All in one go: four digits each, one host sync.
 
     Args:
         trained: parameters by name; those without a gradient are left out.
+        processes: that share the work.
     """
     grads = {name: p.grad for name, p in trained.items() if p.grad is not None}
     if not grads:
         return {}
     places: dict[str, int] = {}
     index = [places.setdefault(layer_of(name), len(places)) for name in grads]
-    norms: list[Tensor] = list(torch._foreach_norm(list(grads.values())))
-    squares = torch.stack([norm.double() for norm in norms]).square()
-    sums = squares.new_zeros(len(places)).index_add_(0, torch.tensor(index, device=squares.device), squares)
+    each = squares(list(grads.values()), processes)
+    sums = each.new_zeros(len(places)).index_add_(0, torch.tensor(index, device=each.device), each)
     return {layer: float(f"{norm:.4g}") for layer, norm in zip(places, sums.sqrt().tolist(), strict=True)}
 
 
-def clip(groups: list[list[nn.Parameter]], limit: float | None) -> float:
+def clip(groups: list[list[nn.Parameter]], limit: float | None, processes: Processes = ALONE) -> float:
     """Clip each group to `limit` and return the largest norm before it."""
     norms = []
     for group in groups:
-        if any(p.grad is not None for p in group):
-            norms.append(torch.nn.utils.clip_grad_norm_(group, math.inf if limit is None else limit))
+        used = [parameter for parameter in group if parameter.grad is not None]
+        if not used:
+            continue
+        norm = squares([p.grad for p in used if p.grad is not None], processes).sum().sqrt().float()
+        if limit is not None:
+            for kind in alike(used):
+                nn.utils.clip_grads_with_norm_(kind, limit, norm)
+        norms.append(norm)
     return float(torch.stack(norms).max()) if norms else 0.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from linearize.data import PackedRows
 from linearize.modeling.heads import logits_of
@@ -29,11 +29,10 @@ class PreferenceRunner(FinetuneRunner):
         super().__init__(settings, run)
         self.kept: KeptAnswers | None = None
 
-    def prepare(self) -> dict[str, nn.Parameter]:
-        """Let the teacher judge every pair, and choose what trains."""
+    def ready(self) -> None:
+        """Let the teacher judge every pair."""
         self.kept = KeptAnswers(self.run.folder / "reference", self.rows_seen(), {})
-        self.kept.fill(self._answer)
-        return super().prepare()
+        self.kept.fill(self._answer, self.run.processes)
 
     def weights(self, rows: PackedRows) -> Tensor:
         """Every pair counts the same."""

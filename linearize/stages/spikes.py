@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from linearize.data import PackedRows
 from linearize.errors import LinearizeError
@@ -107,7 +108,8 @@ def diagnose(runner: Any, rows: PackedRows, losses: dict[str, Any], norms: dict[
     """
     model = runner.run.model
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not bool(local.isfinite().all()):
             return f"the weight {name} is not finite"
     layers = [index for index, loss in losses.get("layers", {}).items() if not math.isfinite(loss)]
     if layers:

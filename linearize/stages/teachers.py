@@ -20,6 +20,7 @@ from linearize import checkpoint
 from linearize.data import PackedRows
 from linearize.modeling.classes import layers_of
 from linearize.modeling.heads import logits_of
+from linearize.processes import Processes
 from linearize.stages.base import Run
 from linearize.stages.finetune import Tensors, final_states
 
@@ -137,26 +138,33 @@ class KeptAnswers:
         self.folder = folder.with_name(f"{folder.name}-{digest}")
         self.places: dict[bytes, tuple[int, int, int]] = {}
 
-    def fill(self, answer: Callable[[], Callable[[PackedRows], Tensors]]) -> None:
+    def fill(self, answer: Callable[[], Callable[[PackedRows], Tensors]], processes: Processes) -> None:
         """Write the shards that are missing, and learn where each row's part lies.
 
         Args:
             answer: makes what answers one row, called only where a shard is missing: tensors whose first axes agree.
+            processes: that share the shards.
         """
-        ask: Callable[[PackedRows], Tensors] | None = None
-        for shard, start in enumerate(range(0, len(self.rows), ROWS_PER_SHARD)):
-            end = min(start + ROWS_PER_SHARD, len(self.rows))
-            found = checkpoint.state_of(self._shard(shard))
-            if found is None:
-                ask = ask or answer()
-                answers = [ask(self.rows[index : index + 1]) for index in range(start, end)]
-                joined = {name: torch.cat([a[name] for a in answers]) for name in answers[0]}
-                found = {"sizes": [len(next(iter(a.values()))) for a in answers]}
-                checkpoint.save(self._shard(shard), joined, found)
-            begin = 0
-            for index, size in zip(range(start, end), found["sizes"], strict=True):
+        shards = range(-(-len(self.rows) // ROWS_PER_SHARD))
+        missing = processes.once(lambda: [n for n in shards if checkpoint.state_of(self._shard(n)) is None])
+        ask = answer() if missing else None
+        for shard in processes.mine(missing):
+            assert ask is not None
+            answers = [ask(self.rows[index : index + 1]) for index in self._rows_of(shard)]
+            joined = {name: torch.cat([a[name] for a in answers]) for name in answers[0]}
+            if processes.main or not processes.sharded:
+                sizes = [len(next(iter(a.values()))) for a in answers]
+                checkpoint.save(self._shard(shard), joined.items(), {"sizes": sizes})
+        processes.wait()
+        for shard in shards:
+            found, begin = checkpoint.state_of(self._shard(shard)), 0
+            assert found is not None
+            for index, size in zip(self._rows_of(shard), found["sizes"], strict=True):
                 self.places[self.keys[index]] = (shard, begin, begin + size)
                 begin += size
+
+    def _rows_of(self, shard: int) -> range:
+        return range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, len(self.rows)))
 
     def read(self, rows: PackedRows) -> Tensors:
         """Return the answers about rows, one after the other, on the CPU."""

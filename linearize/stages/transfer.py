@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.data import PackedRows
+from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext, sequence_context
 from linearize.modeling.classes import family_of, packed_inputs
@@ -105,16 +106,18 @@ class Seen:
 
 
 def transfer_loss(made: Tensor, wanted: Tensor, settings: Transfer) -> Tensor:
-    """Return the squared error of a layer's output, as the recipe scales it."""
-    made, wanted = made.float(), wanted.float()
-    loss = (made - wanted).square().mean()
+    """Return the squared error of a layer's output [B, T, ...], as the recipe scales it: the mean over rows."""
+    made, wanted = made.float().flatten(1), wanted.float().flatten(1)
+    loss = (made - wanted).square().mean(1)
     if settings.loss == "normalized_mse":
-        loss = loss / wanted.square().mean().clamp(min=1e-12)
-    return loss * settings.scale
+        loss = loss / wanted.square().mean(1).clamp(min=1e-12)
+    return loss.mean() * settings.scale
 
 
 class TransferRunner(StageRunner):
     """The stage over all converted layers."""
+
+    trains_inside_forward = True
 
     def __init__(self, settings: Transfer, run: Run) -> None:
         super().__init__(settings, run)
@@ -135,8 +138,13 @@ class TransferRunner(StageRunner):
         """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name.
 
         Raises:
-            LinearizeError: `maps` is set and a mixer has no attention map.
+            LinearizeError: `maps` is set and a mixer has no attention map, or blocks meet FSDP2.
         """
+        if self.run.processes.sharded and self.settings.block > 1:
+            raise LinearizeError(
+                f"A transfer stage with `block: {self.settings.block}` does not run under FSDP2. Use `block: 1`, or "
+                "launch with configs/launch/ddp.yaml."
+            )
         self.run.model.requires_grad_(False)
         trained = {}
         for index, teacher in self.surgery.teachers.items():
@@ -158,6 +166,10 @@ class TransferRunner(StageRunner):
         if self.inputs is None and self.settings.block == 1 and self.settings.patience is None:
             self.fast = FastPass(self._whole, list(trained.values()), self.passes(), self.run.device)
         return trained
+
+    def weights(self, rows: PackedRows) -> Tensor:
+        """Every row counts the same, whatever its labels."""
+        return torch.ones(len(rows), dtype=torch.float64)
 
     def block_inputs(self) -> BlockInputs | None:
         """Return the teacher's hidden states, block by block, where blocks train one after the other."""
@@ -308,7 +320,8 @@ class TransferRunner(StageRunner):
         """Stop the layers whose held-out loss has not fallen for too long; return whether any still trains."""
         if self.settings.patience is None or step % base.PLATEAU_STEPS:
             return True
-        for index, loss in self._held_out(self.run.corpus.held_out[: base.PLATEAU_ROWS]).items():
+        losses = self.run.processes.agreed(self._held_out(self.run.corpus.held_out[: base.PLATEAU_ROWS]))
+        for index, loss in losses.items():
             layer, (best, waited) = self.layers[index], self.patience.get(index, (float("inf"), 0))
             if layer.stopped:
                 continue

@@ -45,6 +45,7 @@ def test_top_k_is_the_divergence_with_all_other_tokens_as_one(make_run, liger, c
     run = make_run(liger)
     runner = DistillRunner(settings, run)
     trained = runner.prepare()
+    runner.ready()
     move(trained.values())
     loss = runner.backward(rows, 1.0)["loss"]
     got = {name: parameter.grad.clone() for name, parameter in trained.items()}
@@ -70,6 +71,7 @@ def test_top_k_grows_to_the_whole_divergence_from_below(make_run, liger, corpus,
     for k in (1, 4, 16, VOCABULARY - 1, VOCABULARY, None):
         runner = DistillRunner(Distill(top_k=k, divergence=divergence), make_run(liger))
         runner.prepare()
+        runner.ready()
         losses.append(runner.held_out_loss(corpus.train[:2]))
     *growing, whole, full = losses
     assert growing == sorted(growing) and growing[0] < 0.9 * full
@@ -106,6 +108,7 @@ def test_every_label_counts_the_same_however_the_batch_is_cut(make_run, liger, c
         torch.manual_seed(0)
         runner = DistillRunner(Distill(top_k=9, cross_entropy=0.4, hidden=0.3), make_run(liger))
         trained = runner.prepare()
+        runner.ready()
         losses = _accumulate(runner, rows, size)
         results.append((losses["loss"], {name: p.grad.clone() for name, p in trained.items()}))
     (whole, gradients), (cut, cut_gradients) = results
@@ -133,6 +136,7 @@ def test_logits_exist_only_a_chunk_at_a_time(make_run, liger, corpus, monkeypatc
     monkeypatch.setattr("linearize.stages.finetune.TOKENS_PER_CHUNK", chunk)
     runner = DistillRunner(Distill(train="mixer", **options), make_run(liger))
     runner.prepare()
+    runner.ready()
     rows = corpus.train[:4]
     saved = []
     keep = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t)
@@ -154,6 +158,7 @@ def test_hidden_states_are_aligned_layer_by_layer(make_run, liger, corpus, check
         run = make_run(liger)
         runner = DistillRunner(Distill(hidden=hidden, **settings), run)
         trained = runner.prepare()
+        runner.ready()
         move(trained.values())
         losses.append(runner.backward(rows, 1.0)["loss"])
         gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
@@ -216,13 +221,13 @@ def test_kept_logits_are_written_once_and_only_for_rows_that_are_seen(make_run, 
     settings = Distill(tokens=48 * 2 * 3, batch=2, top_k=4, cache=True)
     stop = 6
     with pytest.raises(KeyboardInterrupt):
-        DistillRunner(settings, make_run(liger)).prepare()
+        DistillRunner(settings, make_run(liger)).ready()
     stop = 0
-    DistillRunner(settings, make_run(liger)).prepare()
+    DistillRunner(settings, make_run(liger)).ready()
     assert len(asked) == 6 + 2  # four rows were whole on the disk
-    DistillRunner(settings, make_run(liger)).prepare()
+    DistillRunner(settings, make_run(liger)).ready()
     assert len(asked) == 8
-    DistillRunner(settings.model_copy(update={"top_k": 5}), make_run(liger)).prepare()
+    DistillRunner(settings.model_copy(update={"top_k": 5}), make_run(liger)).ready()
     assert len(asked) == 14
 
 
@@ -240,6 +245,7 @@ def test_everything_trains_beside_a_copy_of_the_teacher(make_run, liger, corpus)
         made, chosen = outputs(make_run().model, corpus.train[:1])
         runner = DistillRunner(settings, run)
         runner.prepare()
+        runner.ready()
         places = torch.nn.functional.pad(chosen, (0, 1))
         reference = runner._reference(corpus.train[:1], corpus.train[:1].inputs(), places)["states"]
         assert torch.allclose(runner.teacher.logits(reference), made.logits[:, :-1][chosen], atol=1e-6)

@@ -47,6 +47,7 @@ def test_the_loss_and_its_gradient_are_the_formulas(make_run, liger, pairs, monk
     run.corpus = pairs
     runner = PreferenceRunner(Preference(train=train, beta=beta, batch=2, tokens=48 * 8), run)
     trained = runner.prepare()
+    runner.ready()
     generator = torch.Generator().manual_seed(0)
     for parameter in trained.values():
         parameter.data.add_(0.03 * torch.randn(parameter.shape, generator=generator))

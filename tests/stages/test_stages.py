@@ -54,6 +54,7 @@ def test_transfer_trains_each_layer_as_if_it_were_alone(make_run, corpus) -> Non
     run = make_run(LIGER)
     runner = TransferRunner(Transfer(loss="mse"), run)
     trained = runner.prepare()
+    runner.ready()
     runner.backward(corpus.train[:2], 1.0)
     got = {name: p.grad.clone() for name, p in trained.items()}
     seen = {}
@@ -87,6 +88,7 @@ def test_an_encoder_learns_masked_tokens_and_nothing_but_them(make_run, corpus, 
     rows = runner.batch(corpus.train[:4])
     assert rows.masked and not torch.equal(rows.input_ids, runner.batch(corpus.train[:4]).input_ids)
     runner.prepare()
+    runner.ready()
     run.model.eval()  # no dropout
     loss = runner.backward(rows, 1.0)["loss"]
     inputs = packed_inputs(run.model.config, {k: v for k, v in rows.inputs().items() if k != "labels"})
@@ -128,6 +130,7 @@ def gradients(runner_class, settings, run, rows: PackedRows, micro: int) -> dict
     torch.manual_seed(0)
     runner = runner_class(settings, run)
     trained = runner.prepare()
+    runner.ready()
     weights = (rows.labels[:, 1:] != -100).sum(1).double()
     for start in range(0, len(rows), micro):
         runner.backward(rows[start : start + micro], float(weights[start : start + micro].sum() / weights.sum()))
@@ -157,6 +160,7 @@ def test_chunked_cross_entropy_is_the_mean_over_labels(make_run, corpus, monkeyp
     run = make_run(LIGER)
     runner = FinetuneRunner(Finetune(train="full"), run)
     trained = runner.prepare()
+    runner.ready()
     rows = corpus.train[:2]
     loss = runner.backward(rows, 1.0)["loss"]
     got = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
@@ -178,6 +182,7 @@ def test_z_loss_adds_the_mean_squared_log_sum_exp(make_run, corpus, monkeypatch)
     for run, settings in ((plain, Finetune(train="full")), (squared, Finetune(train="full", z_loss=factor))):
         runner = FinetuneRunner(settings, run)
         trained = runner.prepare()
+        runner.ready()
         losses.append(runner.backward(rows, 1.0)["loss"])
         gradients.append(trained["lm_head.weight"].grad.clone())
         run.model.zero_grad()
@@ -202,6 +207,7 @@ def test_the_loss_is_of_the_logits_that_the_model_gives(make_run, corpus) -> Non
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
     runner.prepare()
+    runner.ready()
     assert runner.backward(rows, 1.0)["loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
@@ -245,6 +251,7 @@ def test_clipping_happens(make_run) -> None:
     run = make_run(LIGER)
     runner = FinetuneRunner(Finetune(), run)
     trained = runner.prepare()
+    runner.ready()
     runner.backward(run.corpus.train[:2], 1.0)
     from linearize.stages.gradients import clip
 
@@ -332,6 +339,7 @@ def test_distillation_is_the_mean_divergence_per_label(make_run, corpus, monkeyp
     run = make_run(LIGER)
     runner = DistillRunner(settings, run)
     trained = runner.prepare()
+    runner.ready()
     move(trained.values())
     loss = runner.backward(rows, 1.0)["loss"]
     got = {name: p.grad.clone() for name, p in trained.items()}
@@ -391,6 +399,7 @@ def test_held_out_distillation_loss_is_the_mean_over_rows(make_run, corpus, monk
     monkeypatch.setattr("linearize.stages.finetune.TOKENS_PER_CHUNK", 7)
     runner = DistillRunner(Distill(cross_entropy=0.5), make_run(LIGER))
     runner.prepare()
+    runner.ready()
     each = [runner.backward(corpus.train[i : i + 1], 1.0)["loss"] for i in range(2)]
     assert runner.held_out_loss(corpus.train[:2]) == pytest.approx(sum(each) / 2, rel=1e-5)
 
@@ -433,6 +442,7 @@ def test_mixers_have_their_own_learning_rate(make_run, settings, runner_class) -
     run = make_run(LIGER)
     runner = runner_class(settings, run)
     trained = runner.prepare()
+    runner.ready()
     optimizer = Optimizer(lr=1e-4, mixer_lr=1e-2, warmup=0.0)
     progress = Progress(trained, settings.model_copy(update={"optimizer": optimizer}))
     rest, own = progress.optimizer.param_groups

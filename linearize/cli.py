@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -69,6 +70,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             sys.exit(128 + signal.SIGINT)
         raise
     sys.exit(0)
+
+
+def _first_process() -> bool:
+    """Return whether this is the process that speaks, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _again(given: list[str]) -> str:
@@ -177,6 +183,8 @@ def run(
         raise typer.Exit(128 + number) from None
     finally:
         display.close()
+    if not _first_process():
+        return
     if result.finished_before:
         typer.echo(f"{result.output} is finished already; --fresh makes it anew.")
     if layers is not None:

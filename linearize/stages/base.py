@@ -258,7 +258,8 @@ class Steps:
         self.runner, self.trained, self.name = runner, trained, name
         run, settings = runner.run, runner.settings
         self.each = settings.steps(run.corpus.train.length)
-        self.total = self.each * runner.rounds
+        self.rounds = runner.rounds
+        self.total = self.each * self.rounds
         self.tokens = settings.batch * run.corpus.train.length
         self.progress = Progress(trained, settings)
         self.progress.spikes = Spikes(self.total)
@@ -270,7 +271,7 @@ class Steps:
     @property
     def spent(self) -> dict[str, float]:
         """Tokens and seconds of training so far."""
-        tokens = self.progress.step * self.tokens // self.runner.rounds
+        tokens = self.progress.step * self.tokens // self.rounds
         return {"tokens": float(tokens), "seconds": self.progress.seconds}
 
     def stop(self, stopped: Stopped) -> None:
@@ -333,7 +334,7 @@ class Steps:
         more = runner.after_step(progress.step)
         spent = time.monotonic() - began
         progress.seconds += spent
-        record = {**losses, "tokens": progress.step * self.tokens // runner.rounds}
+        record = {**losses, "tokens": progress.step * self.tokens // self.rounds}
         record |= {"tokens_per_second": self.tokens / spent, **progress.rates, "grad_norm": norm}
         record |= {"grad_norms": norms, "skipped": progress.spikes.skipped}
         return more, record

@@ -72,6 +72,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
+def _processes() -> int:
+    """Return how many processes a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _first_process() -> bool:
     """Return whether this is the process that speaks, of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
@@ -102,6 +107,11 @@ def _with_command(given: list[str]) -> list[str]:
     commands = [command.name or str(getattr(command.callback, "__name__", "")) for command in app.registered_commands]
     if first not in commands:
         raise UnknownNameError("command", first, commands)
+    if first != "run" and _processes() > 1:
+        raise LinearizeError(
+            f"`{first}` works in one process, and the launcher started {_processes()}. Call `linearize {first}` "
+            "without it; runs alone take several."
+        )
     return given
 
 
@@ -152,6 +162,7 @@ def run(
     from linearize import api
     from linearize.display import RunDisplay, quiet_libraries, show_pushed, show_results
     from linearize.interrupt import Stopped
+    from linearize.processes import leave
 
     quiet_libraries()
     display = RunDisplay()
@@ -179,10 +190,13 @@ def run(
         display.close()
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         kept = f" {stop.kept}." if isinstance(stop, Stopped) and stop.kept else ""
-        typer.echo(f"Stopped by {signal.Signals(number).name}.{kept} Go on with:\n{context.obj}", err=True)
+        again = f"Go on with:\n{context.obj}" if _processes() == 1 else "The same launch goes on."
+        if _first_process():
+            typer.echo(f"Stopped by {signal.Signals(number).name}.{kept} {again}", err=True)
         raise typer.Exit(128 + number) from None
     finally:
         display.close()
+    leave()
     if not _first_process():
         return
     if result.finished_before:

@@ -113,7 +113,8 @@ def training(runner: Any, trained: dict[str, nn.Parameter]) -> Iterator[tuple[An
     if not processes.sharded:
         yield runner, trained
         return
-    worker, made = twin(runner, kept=(processes, run.corpus, run.progress, run.load_teacher))
+    same = [value for name, value in vars(run).items() if name not in ("model", "surgery")]
+    worker, made = twin(runner, kept=(runner.settings, *same))
     worker.run.device = processes.device
     new = {name: made[id(parameter)] for name, parameter in trained.items()}
     modules = worker.run.modules()

@@ -371,11 +371,13 @@ class Saves:
         )
 
     def save(self) -> None:
-        """Write one, if a step was made since the last."""
+        """Write one, if a step was made since the last; no process leaves before it is written."""
         if self.step == self.progress.step:
             return
         began = time.monotonic()
-        self.progress.save(self.folder, self.runner.state(), self.runner.run.processes)
+        processes = self.runner.run.processes
+        self.progress.save(self.folder, self.runner.state(), processes)
+        processes.wait()
         self.step, self.at = self.progress.step, time.monotonic()
         self.cost = self.at - began
 

@@ -448,6 +448,7 @@ class Rows:
         write_text(beside, json.dumps(self.rows))
         beside.replace(self.path)
 
+
 def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALONE) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
     stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]

@@ -153,7 +153,7 @@ def _end_stage(stream: Stream, folder: Path, spent: dict[str, float]) -> None:
         found = checkpoint.load(stream.ended(block))
         assert found is not None
         tensors |= found[0]
-    checkpoint.save(folder, tensors, spent)
+    checkpoint.save(folder, tensors.items(), spent)
     shutil.rmtree(stream.folder(range(1)).parent)
 
 

@@ -98,7 +98,7 @@ class StageRunner(ABC):
         self.settings = settings
         self.run = run
         self.seed = run.seed
-        self.micro: int = settings.micro_batch or settings.batch
+        self.micro: int = min(settings.micro_batch or settings.batch, settings.batch // run.processes.count)
 
     def rows_seen(self) -> PackedRows:
         """Return the rows that the stage trains on, and those of its held-out loss where it reads that."""
@@ -111,7 +111,7 @@ class StageRunner(ABC):
     def passes(self) -> int:
         """Return how many forward and backward passes the stage makes."""
         steps: int = self.settings.steps(self.run.corpus.train.length)
-        return steps * -(-int(self.settings.batch) // self.micro)
+        return steps * -(-int(self.settings.batch) // self.run.processes.count // self.micro)
 
     def shrink(self) -> None:
         """Take half as many rows at a time from now on, because these did not fit into memory."""

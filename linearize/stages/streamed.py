@@ -242,7 +242,7 @@ class Stream:
             self.done.add(block)
         elif not self._ended(block):  # what does not train is still another than the teacher's
             kept = {name: tensor for name, tensor in self.model.state_dict().items() if runner.changes(name)}
-            checkpoint.save(self.ended(block), kept, {"tokens": 0.0, "seconds": 0.0})
+            checkpoint.save(self.ended(block), kept.items(), {"tokens": 0.0, "seconds": 0.0})
 
     def _trains(self, block: range) -> bool:
         """Whether a layer of the block has a mixer with parameters, or gets adapters."""

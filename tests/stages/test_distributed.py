@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) against one: every stage, with whole models and with FSDP2; signals; launch files."""
+"""Two processes (gloo, on the CPU) against one: every stage, whole models and FSDP2; signals; launch files."""
 
 import json
 import multiprocessing
@@ -39,9 +39,7 @@ STAGES = {
     "transfer": Transfer(train="qk", lora=Lora(r=2), patience=1, optimizer=PLATEAU, **SIZES),
     "finetune lora": Finetune(train_mixer=True, micro_batch=1, **SIZES),
     "finetune full": Finetune(train="full", optimizer=Optimizer(lr=1e-4, mixer_lr=1e-3, clip=0.5), **SIZES),
-    "distill": Distill(hidden=0.5, **SIZES),
-    "distill kept": Distill(train="mixer", top_k=5, cache=True, **SIZES),
-    "distill full": Distill(train="full", gradient_checkpointing=True, **SIZES),
+    "distill": Distill(train="full", hidden=0.5, gradient_checkpointing=True, **SIZES),
     "preference": Preference(**SIZES),
 }
 
@@ -72,8 +70,8 @@ def corpus(pairs: bool) -> Corpus:
 
 
 def make_run(name: str, folder: Path, processes: Processes) -> Run:
-    """A run of one stage; its embeddings are tied in half of them."""
-    tied = name in ("finetune full", "distill")
+    """A run of one stage; its embeddings are tied in one of them."""
+    tied = name == "finetune full"
     torch.manual_seed(0)
     model = teacher(tied)
     surgery = convert(model, MIXER.model_dump())
@@ -93,7 +91,7 @@ def make_run(name: str, folder: Path, processes: Processes) -> Run:
         torch.device("cpu"),
         metrics=folder / "metrics.jsonl",
         load_teacher=load,
-        teacher_copy=name == "distill full",
+        teacher_copy=name == "distill",
         processes=processes,
     )
 

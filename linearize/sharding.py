@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -56,6 +57,7 @@ def shard(model: Any, processes: Processes, whole: Iterable[nn.Parameter] = (), 
         whole: parameters that every process keeps whole, and whose gradients it sums itself.
         train_all: shard embeddings too, where the head does not share them; frozen ones stay whole.
     """
+    gc.collect()  # earlier copies hold themselves in cycles
     decoder = model.get_decoder()
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     layers = layers_of(model)

@@ -1,4 +1,4 @@
-"""Check on two GPUs that every stage trains as one process does: whole models (DDP) and FSDP2, through the command line.
+"""Check on two GPUs that every stage trains as in one process: whole models (DDP) and FSDP2, by the command line.
 
     python scripts/check_two_gpus.py
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.estimates import LAUNCHES, Weights, stage_memory, token_bytes
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers
 from linearize.modeling.classes import family_of, layers_of
@@ -28,7 +29,7 @@ from linearize.recipe import (
 )
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
-from linearize.stream_plan import available_memory, check_streamed
+from linearize.stream_plan import available_memory, check_streamed, transfer_alone
 from linearize.weights import empty_model
 
 if TYPE_CHECKING:
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
 CONTEXTS = (1024, 8192, 65536)
 BUDGET_CONTEXT = 8192  # where a share of the teacher's cache is taken
-# AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
-TRAIN_BYTES = 16
-INNER_SIZES = ("intermediate_size", "ffn_hidden_size", "n_inner")
 SMALL_FILES = 64 * 2**20
 STATE_LIMIT = 2**30  # bytes, of one layer's memory for one row
 
@@ -76,6 +74,7 @@ class StagePlan:
         trained: parameters.
         memory: estimated peak bytes, weights included, a copy of the teacher's where one is loaded beside them,
             and the hidden states that `order: layerwise` keeps on the CPU.
+        launches: estimated peak bytes on each GPU by the way of launching; None where a stage is not launched so.
     """
 
     name: str
@@ -83,6 +82,7 @@ class StagePlan:
     steps: int
     trained: int
     memory: int
+    launches: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Plan:
         """Return the plan as rich tables."""
         from rich.console import Group
 
-        tables = [_layer_table(self), _stage_table(self)]
+        tables = [_layer_table(self), _stage_table(self), *([_launch_table(self)] if self.stages else [])]
         return Group(_summary(self), *tables, *([_cache_table(self)] if self.cache else []))
 
 
@@ -442,17 +442,17 @@ def _stage(
             check_map(mixer)
     length = recipe.data.length
     steps = stage.steps(length)
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    rows = (stage.micro_batch or stage.batch) * length
-    activations = rows * _activation_bytes(stage, network.config, dtype)
+    weights = Weights.of(network, layers_of(network))
+    each = token_bytes(stage, network.config, dtype, next(iter(mixers.values()), None))
     copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
-    memory = weights * (2 if copied else 1) + trained * TRAIN_BYTES + activations
+    launches = {
+        launch: stage_memory(stage, weights, trained, each, length, copied=copied, launch=launch) for launch in LAUNCHES
+    }
+    rows = (stage.micro_batch or stage.batch) * length
+    memory = launches["streamed" if stream is not None and isinstance(stage, Transfer) else "one GPU"] or 0
     if isinstance(stage, Transfer):
-        memory += _transfer_bytes(stage, network.config, dtype, rows, length)
-        if stream is not None:
-            share = trained * stage.block // max(1, len(mixers))
-            memory = stream.teacher + share * TRAIN_BYTES + activations
-    return StagePlan(stage.stage, stage.tokens, steps, trained, memory)
+        memory += _transfer_bytes(stage, network.config, dtype, rows, length, streamed=stream is not None)
+    return StagePlan(stage.stage, stage.tokens, steps, trained, memory, launches)
 
 
 def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
@@ -483,26 +483,12 @@ def _lora_size(module: Any, r: int) -> int:
     return int(r * sum(module.weight.shape))
 
 
-def _activation_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
-    """Return the estimated bytes that one token needs for the backward pass."""
-    inner = next((getattr(config, name) for name in INNER_SIZES if getattr(config, name, None)), 4 * config.hidden_size)
-    # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
-    layer = int((13 * config.hidden_size + 4 * inner) * dtype.itemsize)
-    if isinstance(stage, Transfer):
-        return layer * stage.block
-    vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
-    kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
-    logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
-    aligned = 4 * vectors if isinstance(stage, Distill) and stage.hidden else 0
-    return int(kept + logits + aligned)
-
-
-def _transfer_bytes(stage: Transfer, config: Any, dtype: torch.dtype, tokens: int, length: int) -> int:
+def _transfer_bytes(stage: Transfer, config: Any, dtype: torch.dtype, tokens: int, length: int, streamed: bool) -> int:
     """Return the estimated bytes of attention maps, and of the hidden states of all rows that `layerwise` keeps."""
     # Both maps, what the softmax and the logarithm keep, and their gradients, in fp32.
     maps = 6 * 4 * tokens * length * config.num_attention_heads if stage.maps else 0
     kept = stage.steps(length) * stage.batch * length * config.hidden_size * dtype.itemsize
-    return maps + (kept if stage.order == "layerwise" else 0)
+    return maps + (kept if stage.order == "layerwise" and not streamed else 0)
 
 
 def _kept_bytes(stage: AnyStage, length: int) -> int:
@@ -585,8 +571,25 @@ def _summary(plan: Plan) -> RenderableType:
         *_exact_words(plan),
         f"memory about {format_bytes(plan.memory)} (estimate), disk {format_bytes(plan.disk)}",
         f"data {plan.recipe.data.source}, rows of {plan.recipe.data.length} tokens",
+        *_stream_words(plan),
     ]
     return Text("\n".join(lines))
+
+
+def _stream_words(plan: Plan) -> Iterator[str]:
+    """How the transfer is streamed, and what that leaves to the whole model."""
+    if plan.stream is None:
+        return
+    layers = plan.stream.layers
+    which = "" if layers is None else f" of layers {layers.start} to {layers.stop - 1} (a part for `linearize merge`)"
+    where = "in files of the run's folder" if plan.stream.on_disk else "in memory"
+    yield (
+        f"transfer{which} is streamed: at most {format_bytes(plan.stream.teacher)} of the teacher at once, "
+        f"{format_bytes(plan.stream.states)} of hidden states {where}"
+    )
+    later = [stage.name for stage in plan.stages[1:]]
+    if later:
+        yield f"behind it, {', '.join(later)} load the whole model; for transfer alone: '{transfer_alone(plan.recipe)}'"
 
 
 def _exact_words(plan: Plan) -> Iterator[str]:
@@ -620,6 +623,16 @@ def _stage_table(plan: Plan) -> RenderableType:
         table.add_row(
             stage.name, f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.trained:,}", format_bytes(stage.memory)
         )
+    return table
+
+
+def _launch_table(plan: Plan) -> RenderableType:
+    from rich.table import Table
+
+    table = Table("memory of each GPU (estimate)", *LAUNCHES)
+    for stage in plan.stages:
+        sizes = [stage.launches.get(launch) for launch in LAUNCHES]
+        table.add_row(stage.name, *("-" if size is None else format_bytes(size) for size in sizes))
     return table
 
 

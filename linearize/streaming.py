@@ -29,6 +29,7 @@ from linearize.assemble import assemble
 from linearize.checkpoint import write_text
 from linearize.data import Corpus
 from linearize.errors import LinearizeError
+from linearize.eval.memory import format_bytes
 from linearize.interrupt import Signals
 from linearize.layered import LayeredTeacher
 from linearize.planning import check_disk, converted_layers
@@ -36,6 +37,7 @@ from linearize.recipe import Recipe, Transfer
 from linearize.report.metrics import Record, read_metrics
 from linearize.stages import Run
 from linearize.stages.streamed import NAME, STUDENTS, Stream, convert_layers
+from linearize.stream_plan import transfer_alone
 from linearize.surgery import Surgery
 from linearize.teacher import fetch, load_tokenizer, local_config
 
@@ -59,6 +61,8 @@ def run_streamed(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[s
     alone = len(job.recipe.stages) == 1
     if not alone and checkpoint.state_of(work / workspace.STAGES / f"{NAME}-ended") is not None:
         return None
+    if not alone:
+        _check_later(job)
     watch({"event": "load", "model": f"{job.source.name}, layer by layer"})
     files = fetch(job.source)
     tokenizer, info = load_tokenizer(job.source, files)
@@ -104,6 +108,24 @@ def run_streamed(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[s
     assemble(teacher, tensors, final, tokenizer)
     describe(job, results, work, scores)
     return results
+
+
+def _check_later(job: Job) -> None:
+    """Raise before the transfer where a stage behind it, which loads the whole model, will not fit.
+
+    Raises:
+        LinearizeError: by the plan's estimate, it needs more than the GPU has.
+    """
+    if job.device.type != "cuda":
+        return
+    has = torch.cuda.get_device_properties(job.device).total_memory
+    stage = max(job.plan.stages[1:], key=lambda stage: stage.memory)
+    if stage.memory > has:
+        raise LinearizeError(
+            f"Stage {stage.name!r} behind the streamed transfer loads the whole model and needs about "
+            f"{format_bytes(stage.memory)}; the GPU has {format_bytes(has)}. Leave the later stages out with "
+            f"'{transfer_alone(job.recipe)}'."
+        )
 
 
 def _stream(

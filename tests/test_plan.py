@@ -20,6 +20,7 @@ from linearize.teacher import load_config, resolve
 PUBLISHED = {
     "gemma3-270m": 268_098_176,
     "llama-3-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "mistral-7b": 7_241_732_096,

@@ -222,9 +222,14 @@ def plan(
     stream_layers: Streamed = False,
     layers: Layers = None,
     trust_remote_code: Trust = False,
+    speed: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE=N,...|DIR", help="Measured tokens a second, or a finished run; for the time."),
+    ] = None,
 ) -> None:
     """Print what a run would do: layers, stages, tokens, memory, disk. Loads no weights."""
     from linearize import api
+    from linearize.speeds import read_speeds
 
     chosen = api.plan(
         model,
@@ -239,7 +244,7 @@ def plan(
         layers=layers,
         trust_remote_code=trust_remote_code,
     )
-    _print(chosen.render())
+    _print(chosen.render(None if speed is None else read_speeds(speed, [stage.name for stage in chosen.stages])))
 
 
 @app.command()

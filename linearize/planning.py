@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,11 +134,11 @@ class Plan:
     cache_share: float = 1.0
     stream: StreamPlan | None = None
 
-    def render(self) -> RenderableType:
-        """Return the plan as rich tables."""
+    def render(self, speeds: Mapping[str, float] | None = None) -> RenderableType:
+        """Return the plan as rich tables; `speeds` are measured tokens a second by kind of stage."""
         from rich.console import Group
 
-        tables = [_layer_table(self), _stage_table(self), *([_launch_table(self)] if self.stages else [])]
+        tables = [_layer_table(self), _stage_table(self, speeds or {}), *([_launch_table(self)] if self.stages else [])]
         return Group(_summary(self), *tables, *([_cache_table(self)] if self.cache else []))
 
 
@@ -615,15 +615,23 @@ def _layer_table(plan: Plan) -> RenderableType:
     return table
 
 
-def _stage_table(plan: Plan) -> RenderableType:
+def _stage_table(plan: Plan, speeds: Mapping[str, float]) -> RenderableType:
     from rich.table import Table
 
     table = Table("stage", "tokens", "steps", "trained parameters", "memory (estimate)")
+    if speeds:
+        table.add_column("time at the speed given")
     for stage in plan.stages:
-        table.add_row(
-            stage.name, f"{stage.tokens:,}", f"{stage.steps:,}", f"{stage.trained:,}", format_bytes(stage.memory)
-        )
+        speed = speeds.get(stage.name)
+        time = [] if not speeds else ["-" if speed is None else _hours(stage.tokens / speed)]
+        numbers = (f"{number:,}" for number in (stage.tokens, stage.steps, stage.trained))
+        table.add_row(stage.name, *numbers, format_bytes(stage.memory), *time)
     return table
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
 
 
 def _launch_table(plan: Plan) -> RenderableType:

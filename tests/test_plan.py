@@ -1,5 +1,6 @@
 """Plans: right for the aliases' published sizes, equal to what a run builds, and strict."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from linearize.eval.memory import tensor_bytes
 from linearize.modeling.classes import family_of
 from linearize.planning import check_disk, make_plan
 from linearize.recipe import Recipe, recipe_names
+from linearize.speeds import read_speeds
 from linearize.surgery import convert
 from linearize.teacher import load_config, resolve
 
@@ -252,6 +254,62 @@ def test_unknown_family() -> None:
 
     with pytest.raises(UnknownNameError, match="model family 'opt'"):
         make_plan(short("liger"), OPTConfig())
+
+
+def test_each_way_of_launching_has_an_estimate(cache: Path) -> None:
+    """FSDP2 shards layers and not what is outside of them; a stream holds a layer, whatever the depth."""
+    config = load_config(resolve("llama-3.1-70b"))
+    plan = make_plan(Recipe.from_yaml("liger"), config, dtype=torch.bfloat16, stream=True)
+    transfer, behind = (stage.launches for stage in plan.stages)
+    layers = 80 * (plan.parameters - 2 * 128256 * 8192 - 8192) // 80 * 2
+    assert transfer["one GPU"] > 2 * plan.parameters and transfer["DDP"] == transfer["one GPU"]
+    assert transfer["FSDP2 x2"] - transfer["FSDP2 x8"] == pytest.approx(layers * (1 / 2 - 1 / 8), rel=0.2)
+    assert transfer["streamed"] == plan.stages[0].memory < 6 * 2**30 and behind["streamed"] is None
+    assert plan.stages[1].memory == behind["one GPU"]
+    config.num_hidden_layers = 160
+    deeper = make_plan(Recipe.from_yaml("liger"), config, dtype=torch.bfloat16, stream=True)
+    assert deeper.stages[0].memory == pytest.approx(plan.stages[0].memory, rel=1e-4)
+    assert deeper.stages[0].launches["one GPU"] > 1.9 * transfer["one GPU"]
+    text = Console(record=True, width=200)
+    text.print(plan.render())
+    for words in ("is streamed: at most 1.96 GiB", "load the whole model; for transfer alone: 'stages=[", "FSDP2 x4"):
+        assert words in text.export_text(clear=False)
+
+
+def test_hidden_states_lie_in_memory_where_they_fit_twice(tiny_config, monkeypatch) -> None:
+    recipe = short("liger", "stages=[{stage: transfer, tokens: 6400, batch: 2}]", "data.held_out=4")
+    size = (6400 + 3 * 4 * 64) * 64 * 4
+    for free, on_disk in ((2 * size, False), (2 * size - 2, True)):
+        monkeypatch.setattr(planning, "available_memory", lambda free=free: free)
+        plan = make_plan(recipe, tiny_config(), dtype=torch.float32, stream=True)
+        assert (plan.stream.states, plan.stream.on_disk) == (size, on_disk)
+        plain = make_plan(recipe, tiny_config(), dtype=torch.float32)
+        assert plan.disk - plain.disk == (size if on_disk else 0)
+
+
+def test_time_comes_from_measured_speeds_alone(tiny_config, tmp_path: Path) -> None:
+    recipe = short("liger", "stages=[{stage: transfer, tokens: 6_000_000}, {stage: finetune, tokens: 900}]")
+    plan = make_plan(recipe, tiny_config(), dtype=torch.float32)
+    rows = [
+        {"name": "teacher", "tokens": 0, "seconds": 0.0},
+        {"name": "after transfer", "tokens": 5000, "seconds": 10.0},
+        {"name": "after finetune", "tokens": 5600, "seconds": 12.0},
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    names = ["transfer", "finetune"]
+    assert read_speeds(str(tmp_path), names) == {"transfer": 500.0, "finetune": 300.0}
+    text = Console(record=True, width=200)
+    text.print(plan.render())
+    assert "time" not in text.export_text()
+    text.print(plan.render(read_speeds("transfer=1_000", names)))
+    assert "1 h 40 min" in text.export_text(clear=False) and "│ -" in text.export_text()
+    for wrong, words in (
+        ("tranfer=5", "transfer"),
+        ("transfer=fast", "tokens a second"),
+        ("nowhere", "no results.json"),
+    ):
+        with pytest.raises(LinearizeError, match=words):
+            read_speeds(wrong, names)
 
 
 def test_disk(tmp_path: Path) -> None:

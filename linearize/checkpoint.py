@@ -102,7 +102,7 @@ def load(folder: Path) -> Checkpoint | None:
             _put_away(candidate, folder)
             continue
         state: dict[str, Any] = json.loads((candidate / STATE).read_text(encoding="utf-8"))
-        tensors = {name: tensor for file in _tensor_files(candidate) for name, tensor in load_file(file).items()}
+        tensors = {name: tensor for file in tensor_files(candidate) for name, tensor in load_file(file).items()}
         if candidate.name.endswith(".new"):
             _promote(folder)
         elif candidate != folder:
@@ -152,7 +152,8 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
     yield part
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def tensor_files(folder: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's tensors."""
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -181,7 +182,7 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, Any]:
-    return {path.name: _digest(path) for path in (*_tensor_files(folder), folder / STATE)}
+    return {path.name: _digest(path) for path in (*tensor_files(folder), folder / STATE)}
 
 
 def _is_whole(folder: Path) -> bool:

@@ -104,7 +104,7 @@ def run_streamed(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[s
         _write_part(stream, final, results, job, work)
         return results
     shutil.rmtree(work / STATES, ignore_errors=True)  # room for the checkpoint
-    tensors = [stream.ended(block) / checkpoint.TENSORS for block in stream.turns()]
+    tensors = [file for block in stream.turns() for file in checkpoint.tensor_files(stream.ended(block))]
     assemble(teacher, tensors, final, tokenizer)
     describe(job, results, work, scores)
     return results
@@ -183,16 +183,17 @@ def _write_part(stream: Stream, final: Path, results: dict[str, Any], job: Job, 
     """Leave the tensors of the chosen layers and what tells them apart from other parts."""
     final.mkdir()
     for block in stream.turns():
-        shutil.copyfile(stream.ended(block) / checkpoint.TENSORS, final / part_file(block.start))
+        for number, file in enumerate(checkpoint.tensor_files(stream.ended(block))):
+            shutil.copyfile(file, final / part_file(block.start, number))
     shutil.copyfile(work / "metrics.jsonl", final / "metrics.jsonl")
     lock = {"settings": json.loads(json.dumps(job.settings())), "provenance": results["provenance"]}
     write_text(final / workspace.LOCK, yaml_io.dump(lock))
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
 
 
-def part_file(layer: int) -> str:
-    """Return the name, in a part's folder, of the tensors of the block that begins with a layer."""
-    return f"layers-{layer:04d}.safetensors"
+def part_file(layer: int, number: int) -> str:
+    """Return the name, in a part's folder, of a file with tensors of the block that begins with a layer."""
+    return f"layers-{layer:04d}-{number}.safetensors"
 
 
 def merge(
@@ -283,7 +284,7 @@ class Part:
         if PART not in self.results or "layers" not in self.settings:
             raise LinearizeError(f"{folder} is a whole run, not a part of one. Give folders made with --layers.")
         self.layers: list[int] = self.results[PART]["layers"]
-        self.files = sorted(folder.glob(part_file(0).replace("0000", "*")))
+        self.files = sorted(folder.glob("layers-*.safetensors"))
 
     def about(self, *keys: str) -> dict[str, Any]:
         """Return some of what the part says of its making."""

@@ -218,7 +218,7 @@ def show_evaluation(results: dict[str, Any], output: Path, console: Console | No
 
 def _checkpoint_words(event: dict[str, Any]) -> str:
     if event["event"] == "damaged":
-        return f"{event['checkpoint']} is damaged and is not used: {event['stage']} is trained again"
+        return f"{event['checkpoint']} is damaged and is not used: {event['stage']} and what follows are trained again"
     left = f" ({', '.join(event['damaged'])}: not whole, not used)" if event["damaged"] else ""
     return f"Going on from step {event['step']} with {event['checkpoint']}{left}"
 

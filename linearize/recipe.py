@@ -462,7 +462,7 @@ class Recipe(Strict):
             rounds. What is replaced in a later round is the model as trained by then.
     """
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\\]+$")  # a part of the folder's name
     description: str = ""
     paper: str | None = None
     causal: bool = True

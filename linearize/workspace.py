@@ -173,7 +173,7 @@ def waiting(error: LinearizeError, model: str | Path, output: str | Path | None)
     if settings is None or not settings.is_file():
         return error
     begun = json.loads(settings.read_text(encoding="utf-8"))["model"]
-    if begun != str(model):
+    if Path(begun).expanduser() != Path(model).expanduser():
         return error
     return LinearizeError(
         f"{error} The run in {settings.parent} was begun with this model and is kept: once the model can be read "

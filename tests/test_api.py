@@ -1,11 +1,6 @@
 """The whole path on a tiny teacher: what a run leaves, how it goes on after a kill, what it refuses."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,43 +146,6 @@ def test_a_second_run_reads_the_first_and_a_changed_one_says_what_changed(teache
         teacher, "control/window-only", tmp_path / "out", seed=1, fresh=True, **small("control/window-only")
     )
     assert not fresh.finished_before
-
-
-KILLED = """
-    import json, os, signal, sys
-    from linearize.api import linearize
-    from linearize.stages import base
-    base.SAVE_SECONDS = 0.0
-    countdown = int(sys.argv[3])
-
-    def watch(event):
-        global countdown
-        countdown -= 1
-        if countdown == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    linearize(sys.argv[1], "liger", sys.argv[2], watch=watch, **json.loads(sys.argv[4]))
-"""
-
-
-def run_killed(teacher: str, output: Path, at: int) -> None:
-    code = textwrap.dedent(KILLED)
-    command = [sys.executable, "-c", code, teacher, str(output), str(at), json.dumps(small())]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-def test_killed_at_any_step_it_ends_with_the_same_weights(teacher, tmp_path) -> None:
-    """SIGKILL again and again, each run getting a few events further; the final file is equal to the bit."""
-    whole = linearize(teacher, "liger", tmp_path / "whole", **small()).output
-    for at in (6, 9, 13):
-        run_killed(teacher, tmp_path / "killed", at)
-    resumed = linearize(teacher, "liger", tmp_path / "killed", **small())
-    assert (whole / "model.safetensors").read_bytes() == (resumed.output / "model.safetensors").read_bytes()
-    steps = [
-        (r["stage"], r["step"]) for r in map(json.loads, (resumed.output / "metrics.jsonl").read_text().splitlines())
-    ]
-    assert steps == sorted(set(steps), key=lambda s: (s[0] == "distill", s[1])) and len(steps) == 6
 
 
 def test_the_headline_command_with_a_tiny_llama_in_the_cache(cache, make_teacher, tmp_path, monkeypatch) -> None:

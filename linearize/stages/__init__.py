@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from linearize import checkpoint
@@ -38,12 +39,16 @@ def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = N
     steps = settings.steps(run.corpus.train.length)
     run.tell({"event": "stage", "stage": name, "steps": steps, "ended": found is not None})
     if found is not None:
+        run.ended.add(name)
         if run.surgery is not None:
             run.surgery.separate(found.tensors)
         run.model.load_state_dict(found.tensors, strict=False)
         return found.state
     if broken.exists():
         run.tell({"event": "damaged", "stage": name, "checkpoint": str(broken)})
+        for path in list(run.folder.iterdir()) if processes.main else ():  # what later stages made of these weights
+            if path.name.removesuffix("-ended") not in run.ended and path != broken:
+                shutil.rmtree(path)
 
     def end(spent: dict[str, float]) -> None:
         if processes.main:
@@ -51,6 +56,7 @@ def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = N
             checkpoint.save(ended, checkpoint.distinct(tensors).items(), spent)
             checkpoint.remove(run.folder / name)
         processes.wait()
+        run.ended.add(name)
 
     return train(runner, name, end)
 

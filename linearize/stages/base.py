@@ -55,6 +55,7 @@ class Run:
         teacher_copy: this stage's teacher must be loaded, because its weights are not the student's any more, or train.
         progress: takes the record of each step, to show it.
         tell: takes what else happens, as events.
+        ended: names of the stages that are done.
         signals: says when the run is to stop.
         processes: that share the work.
     """
@@ -71,6 +72,7 @@ class Run:
     load_teacher: Callable[[torch.device], Any] | None = None
     teacher_copy: bool = False
     tell: Callable[[dict[str, Any]], None] = lambda event: None
+    ended: set[str] = field(default_factory=set)
     signals: Signals = field(default_factory=Signals)
     processes: Processes = field(default_factory=Processes)
 
@@ -277,7 +279,7 @@ class Steps:
     def stop(self, stopped: Stopped) -> None:
         """Save, and tell where the stage is."""
         self.saves.save()
-        stopped.kept = f"Stage {self.name!r} is at step {self.progress.step} of {self.total}, and {self.saves.words}"
+        stopped.kept = f"Stage {self.name!r} is at step {self.progress.step} of {self.total}; {self.saves.words}"
 
     def run(self) -> None:
         """Make the steps that are left.
@@ -366,9 +368,9 @@ class Saves:
     @property
     def words(self) -> str:
         """Say which checkpoint is the last."""
-        return (
-            f"its last checkpoint is that of step {self.step}, in {self.folder}" if self.step else "has no checkpoint"
-        )
+        if not self.step:
+            return "nothing was saved yet"
+        return f"the last checkpoint is that of step {self.step}, in {self.folder}"
 
     def save(self) -> None:
         """Write one, if a step was made since the last; no process leaves before it is written."""

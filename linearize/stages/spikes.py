@@ -91,9 +91,9 @@ class Spikes:
         loss, norm = self.last
         return LinearizeError(
             f"Stage {stage!r} stopped at step {step}: {self.streak} steps in a row had a loss or gradient that is not "
-            f"finite, or a spike (now loss {loss:.4g}, gradient norm {norm:.4g}), and were skipped; {where}. The "
-            f"stage {kept}, from before those steps. Lower `optimizer.lr` and start anew with --fresh; the same "
-            "command tries again from there."
+            f"finite, or a spike (now loss {loss:.4g}, gradient norm {norm:.4g}), and were skipped; {where}. No weight "
+            f"was changed by those steps; {kept}. Lower `optimizer.lr` and start anew with --fresh; the same command "
+            "tries again from there."
         )
 
 

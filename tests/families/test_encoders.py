@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from linearize.api import linearize, load
 from linearize.errors import LinearizeError
@@ -130,13 +131,14 @@ def test_a_run_leaves_a_masked_language_model_that_loads_anywhere(make_teacher, 
         next(generate_text(folder, "One"))
     text = (folder / "README.md").read_text()
     assert "AutoModelForMaskedLM" in text and "fill-mask" in text and "generate(" not in text
-    torch.save(logits(load(folder).eval(), IDS), tmp_path / "logits.pt")
+    save_file({"logits": logits(load(folder).eval(), IDS)}, tmp_path / "logits.safetensors")
     code = (
         "import sys, torch; sys.modules['linearize'] = None\n"
+        "from safetensors.torch import load_file\n"
         "from transformers import AutoModelForMaskedLM\n"
         "torch.set_num_threads(1)\n"
         f"model = AutoModelForMaskedLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
-        f"expected = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        f"expected = load_file({str(tmp_path / 'logits.safetensors')!r})['logits']\n"
         f"print(torch.equal(model(torch.tensor({IDS.tolist()})).logits, expected))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

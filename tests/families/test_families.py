@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import linearize.modeling
@@ -275,14 +276,15 @@ def test_a_checkpoint_loads_with_and_without_the_package(teacher, make_mixer, tm
     parts = {"window": {"size": 5}} if family in DECODERS else {"window": None, "combine": "memory_only"}
     convert(model, make_mixer(feature_map="softmax", gate="key", **parts), [0, 1], [(0, 1)])
     save_checkpoint(model, None, tmp_path)
-    torch.save(logits(model), tmp_path / "logits.pt")
+    save_file({"logits": logits(model)}, tmp_path / "logits.safetensors")
     assert torch.equal(logits(load(tmp_path)), logits(model))
     code = (
         "import sys, torch; sys.modules['linearize'] = None\n"
+        "from safetensors.torch import load_file\n"
         f"from transformers import {auto_name(family)} as Auto\n"
         "torch.set_num_threads(1)\n"
         f"model = Auto.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eval()\n"
-        f"expected = torch.load({str(tmp_path / 'logits.pt')!r})\n"
+        f"expected = load_file({str(tmp_path / 'logits.safetensors')!r})['logits']\n"
         f"print(torch.equal(model(torch.tensor({IDS.tolist()})).logits, expected))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

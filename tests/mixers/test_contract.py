@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from linearize.errors import LinearizeError
@@ -706,15 +707,16 @@ def test_the_state_is_computed_in_fp32_under_autocast(name):
 LOAD = """
 import sys, torch
 import linearize.modeling
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    given = torch.load(folder + "/test.pt")
+    given = load_file(folder + "/test.safetensors")
     with torch.no_grad():
         given["logits"] = model(given["ids"]).logits
         given["decoded"] = model.generate(given["ids"][:, :9], max_new_tokens=5, do_sample=False)
-    torch.save(given, folder + "/test.pt")
+    save_file(given, folder + "/test.safetensors")
 """
 
 
@@ -731,7 +733,7 @@ def test_round_trip_through_a_fresh_process_is_bit_equal(converted, tmp_path):
                 model(ids).logits,
                 model.generate(ids[:, :9], max_new_tokens=5, do_sample=False),
             )
-        torch.save({"ids": ids}, folder / "test.pt")
+        save_file({"ids": ids}, folder / "test.safetensors")
     done = subprocess.run(
         [sys.executable, "-c", LOAD, *(str(folder) for folder, *_ in expected.values())],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -740,6 +742,6 @@ def test_round_trip_through_a_fresh_process_is_bit_equal(converted, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     for name, (folder, logits, decoded) in expected.items():
-        got = torch.load(folder / "test.pt")
+        got = load_file(folder / "test.safetensors")
         assert torch.equal(got["logits"], logits), name
         assert torch.equal(got["decoded"], decoded), name

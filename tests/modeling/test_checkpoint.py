@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import linearize.modeling
@@ -144,12 +145,13 @@ def test_fp32_parts_survive_loading_in_bfloat16(make_student, tmp_path, mixer):
 REMOTE = """
 import json, sys, torch
 sys.modules["linearize"] = None
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert model.__module__.startswith("transformers_modules"), model.__module__
-    ids = torch.load(folder + "/ids.pt")
+    ids = load_file(folder + "/ids.safetensors")["ids"]
     padded = torch.ones_like(ids)
     padded[1, :4] = 0
     with torch.no_grad():
@@ -158,7 +160,7 @@ for folder in sys.argv[1:]:
             "greedy": model.generate(ids[:, :9], attention_mask=padded[:, :9], max_new_tokens=12, do_sample=False),
             "hidden": AutoModel.from_pretrained(folder, trust_remote_code=True)(ids).last_hidden_state,
         }
-    torch.save(results, folder + "/results.pt")
+    save_file(results, folder + "/results.safetensors")
     model.save_pretrained(folder + "/again")
 """
 
@@ -166,7 +168,7 @@ for folder in sys.argv[1:]:
 def run_remote(folders, tmp_path):
     """Load checkpoints in a process in which `linearize` cannot be imported."""
     for folder in folders:
-        torch.save(IDS, folder / "ids.pt")
+        save_file({"ids": IDS}, folder / "ids.safetensors")
     return subprocess.run(
         [sys.executable, "-c", REMOTE, *map(str, folders)],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
@@ -196,7 +198,7 @@ def test_checkpoints_load_where_linearize_is_not_installed(make_student, tmp_pat
     mask = torch.ones_like(IDS[:, :9])
     mask[1, :4] = 0
     for name, model in models.items():
-        results = torch.load(tmp_path / name / "results.pt")
+        results = load_file(tmp_path / name / "results.safetensors")
         assert torch.equal(results["logits"], logits(model)), name
         with torch.no_grad():
             assert torch.equal(results["hidden"], model.model(IDS).last_hidden_state), name

@@ -4,22 +4,24 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from linearize import checkpoint
+from linearize.api import linearize
+from linearize.stages import base
+
 pytestmark = pytest.mark.soak
 
-ROOT = Path(__file__).parent.parent
 KILLS = 50
 RECIPE = """
 name: small
 mixer:
-  feature_map: hedgehog
+  feature_map: softmax
   gate: key
   window: {size: 8}
 stages:
@@ -28,63 +30,74 @@ stages:
 - {stage: finetune, tokens: 1280, batch: 2, micro_batch: 1, train_mixer: true}
 data: {source: builtin, length: 64, held_out: 2}
 """
-# Saves at every step, says when it begins and ends to save, and where it goes on from.
-PROGRAM = """
-import sys
-from linearize import checkpoint
-from linearize.api import linearize
-from linearize.stages import base
-
-base.SAVE_SECONDS = 0.0
-save = checkpoint.save
-
-def told(folder, *given):
-    print("saving", folder.name, flush=True)
-    save(folder, *given)
-    print("saved", folder.name, flush=True)
-
-checkpoint.save = told
-
-def watch(event):
-    if event["event"] == "resume":
-        print(f"went on from step {event['step']} of {event['checkpoint'].rpartition('/')[2]}, "
-              f"not whole: {', '.join(event['damaged']) or 'none'}", flush=True)
-    elif event["event"] in ("load", "evaluate", "stage", "step", "save", "damaged"):
-        print(event["event"], event.get("stage", event.get("name", "")), event.get("step", ""), flush=True)
-
-linearize(sys.argv[1], sys.argv[2], sys.argv[3], watch=watch)
-"""
 
 
-def start(folder: Path, output: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(folder / "teacher"), str(folder / "small.yaml"), str(folder / output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+class Child:
+    """A run in a fork of this process, which has imported everything: it saves at every step, and tells what it does.
+
+    Args:
+        folder: of teacher and recipe.
+        output: name of the finished folder in it.
+    """
+
+    def __init__(self, folder: Path, output: str) -> None:
+        reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(reader)
+                work(folder, output, lambda words: os.write(writer, f"{words}\n".encode()))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(writer)
+        self.words = os.fdopen(reader, encoding="utf-8")
+
+    def end(self) -> int:
+        """Wait for the run's end and return its exit code, or minus the signal that killed it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def kill(process: subprocess.Popen[str], dice: random.Random) -> tuple[bool, str, str]:
+def work(folder: Path, output: str, tell: Callable[[str], Any]) -> None:
+    save = checkpoint.save
+
+    def told(where: Path, *given: Any) -> None:
+        tell(f"saving {where.name}")
+        save(where, *given)
+        tell(f"saved {where.name}")
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "resume":
+            left = ", ".join(event["damaged"]) or "none"
+            tell(f"went on from step {event['step']} of {Path(event['checkpoint']).name}; not whole: {left}")
+        elif event["event"] in ("load", "evaluate", "stage", "step", "save", "damaged"):
+            tell(f"{event['event']} {event.get('stage', event.get('name', ''))} {event.get('step', '')}".strip())
+
+    checkpoint.save = told
+    base.SAVE_SECONDS = 0.0
+    linearize(folder / "teacher", folder / "small.yaml", folder / output, watch=watch)
+
+
+def kill(child: Child, dice: random.Random) -> tuple[bool, str, str]:
     """Kill at a random moment: three times of four a little behind the beginning of some saving.
 
     Returns:
-        Whether the process was still at work, what it said last, and where it had gone on from.
+        Whether the run was still at work, what it said last, and where it had gone on from.
     """
     saving = dice.random() < 0.75
-    left = dice.randint(1, 12 if saving else 25)
-    delay = dice.expovariate(1 / 0.004)
-    last = went_on = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        last = line.strip()
-        if last.startswith("went on"):
-            went_on = last
-        left -= last.startswith("saving") or not saving
+    left, delay = dice.randint(1, 12 if saving else 25), dice.expovariate(1 / 0.004)
+    said: list[str] = []
+    for line in child.words:
+        said.append(line.strip())
+        left -= said[-1].startswith("saving") or not saving
         if left <= 0:
             time.sleep(delay)
             break
-    process.send_signal(signal.SIGKILL)
-    rest = process.communicate()[0].split("\n")
-    last = next((words for words in reversed(rest) if words), last)
-    return process.returncode == -signal.SIGKILL, last, went_on
+    os.kill(child.pid, signal.SIGKILL)
+    died = child.end() == -signal.SIGKILL
+    said += child.words.read().split("\n")
+    went_on = next((words for words in said if words.startswith("went on")), "")
+    return died, next(words for words in reversed(said) if words), went_on
 
 
 def test_fifty_kills_lose_nothing(make_teacher: Any, tmp_path: Path) -> None:
@@ -94,7 +107,7 @@ def test_fifty_kills_lose_nothing(make_teacher: Any, tmp_path: Path) -> None:
     """
     make_teacher()
     (tmp_path / "small.yaml").write_text(RECIPE)
-    assert start(tmp_path, "whole").wait() == 0
+    assert Child(tmp_path, "whole").end() == 0
     expected = {name: (tmp_path / "whole" / name).read_bytes() for name in ("model.safetensors", "config.json")}
     steps = [(r["stage"], r["step"]) for r in map(json.loads, (tmp_path / "whole/metrics.jsonl").open())]
     dice, lines, kills, whole, in_saving = random.Random(0), [], 0, 0, 0
@@ -107,7 +120,7 @@ def test_fifty_kills_lose_nothing(make_teacher: Any, tmp_path: Path) -> None:
 
     while kills < KILLS:
         output = f"run{whole + 1}"
-        died, last, went_on = kill(start(tmp_path, output), dice)
+        died, last, went_on = kill(Child(tmp_path, output), dice)
         kills += died
         in_saving += died and last.startswith("saving")
         if went_on:
@@ -115,11 +128,11 @@ def test_fifty_kills_lose_nothing(make_teacher: Any, tmp_path: Path) -> None:
         if died:
             lines.append(f"{kills:4}  killed behind: {last}")
         if (tmp_path / output).exists():
-            assert start(tmp_path, output).wait() == 0  # reads what is finished, and clears what was left
+            assert Child(tmp_path, output).end() == 0  # reads what is finished, and clears what was left
             compare(output)
             whole += 1
     output = f"run{whole + 1}"
-    assert start(tmp_path, output).wait() == 0
+    assert Child(tmp_path, output).end() == 0
     compare(output)
     lines.append(
         f"{kills} kills, {in_saving} of them while saving; {whole + 1} runs came to their end, all equal to the bit"

@@ -30,7 +30,7 @@ from linearize.weights import check_folder, check_gguf, check_safetensors
 
 EXAMPLES = int(os.environ.get("LINEARIZE_FUZZ", "0"))  # 0: the same few each time
 BOUNDS = settings(
-    max_examples=EXAMPLES or 60,
+    max_examples=EXAMPLES or 40,
     derandomize=not EXAMPLES,
     deadline=20_000,
     database=None,

@@ -20,20 +20,29 @@ def test_at_once_where_nothing_can_be_torn() -> None:
 
 def test_at_the_end_of_work_or_where_work_asks() -> None:
     done = []
-    with Signals() as signals:
-        with pytest.raises(Stopped), signals.later():
+
+    def work() -> None:
+        with signals.later():
             os.kill(os.getpid(), signal.SIGINT)
             done.append("work")
+
+    with Signals() as signals:
+        with pytest.raises(Stopped):
+            work()
         with pytest.raises(Stopped):
             signals.check()
     assert done == ["work"]
 
 
 def test_a_second_signal_counts_only_when_it_is_no_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Signals() as signals:
-        with pytest.raises(Stopped), signals.later():
+    def work() -> None:
+        with signals.later():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
+
+    with Signals() as signals:
+        with pytest.raises(Stopped):
+            work()
         monkeypatch.setattr("linearize.interrupt.PATIENCE", 0.0)
         with pytest.raises(KeyboardInterrupt) as stopped, signals.later():
             os.kill(os.getpid(), signal.SIGINT)

@@ -20,7 +20,7 @@ from linearize import workspace, yaml_io
 from linearize.adapter import is_adapter, joined
 from linearize.checkpoint import sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
-from linearize.data.sources import is_local, source_names
+from linearize.data.sources import is_lazy, is_local, source_names
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
@@ -456,6 +456,8 @@ def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALO
     tokens = max(1, budget) * job.recipe.data.length
     masked = not job.recipe.causal
     build = partial(build_corpus, job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=masked)
+    if is_lazy(job.recipe.data):
+        return _kept(work / "data", partial(build, processes=processes), processes, together=True)
     return _kept(work / "data", build, processes)
 
 
@@ -471,13 +473,10 @@ def _pairs(job: Job, tokenizer: Any, work: Path, processes: Processes) -> dict[s
     return found
 
 
-def _kept(folder: Path, build: Callable[[], Corpus], processes: Processes) -> Corpus:
-    """The corpus in a folder, built and saved there first where it is not."""
+def _kept(folder: Path, build: Callable[[], Corpus], processes: Processes, together: bool = False) -> Corpus:
+    """The corpus in a folder, built and saved there first where it is not: by process 0, or by all together."""
 
-    def make() -> None:
-        if folder.exists():
-            return
-        corpus = build()
+    def save(corpus: Corpus) -> None:
         beside = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(beside, ignore_errors=True)
         corpus.save(beside)
@@ -485,7 +484,9 @@ def _kept(folder: Path, build: Callable[[], Corpus], processes: Processes) -> Co
         beside.rename(folder)
         sync(folder.parent)
 
-    processes.once(make)
+    if not processes.agreed(folder.exists()):
+        made = build() if together else None
+        processes.once(lambda: save(made or build()))
     return Corpus.load(folder)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from linearize.errors import LinearizeError
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 # How long a process waits for another: process 0 tokenizes alone, and a teacher may be downloaded meanwhile.
 PATIENCE = timedelta(hours=6)
@@ -147,6 +148,12 @@ class Processes:
         """Return which of a batch's rows are this process's."""
         each = rows // self.count
         return slice(self.rank * each, (self.rank + 1) * each)
+
+    def shared(self, items: Sequence[T], work: Callable[[T], U]) -> list[U]:
+        """Return what `work` makes of each item, in order, in every process; each does its part of the work."""
+        done: list[Any] = [None] * self.count
+        dist.all_gather_object(done, [work(item) for item in items[self.rank :: self.count]])
+        return [done[place % self.count][place // self.count] for place in range(len(items))]
 
     def mine(self, items: Iterable[T]) -> list[T]:
         """Return every count-th item, this process's own; under FSDP2 all, for what runs the model takes them all."""

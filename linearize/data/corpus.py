@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from linearize.data.formatting import encode
+from linearize.data.documents import Document
+from linearize.data.formatting import Encoded, encode
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
 from linearize.data.packing import PackedRows, pack
 from linearize.data.selection import shuffled, take, take_shared
 from linearize.data.sources import is_lazy, load_documents
 from linearize.errors import LinearizeError
+from linearize.processes import ALONE, Processes
 from linearize.recipe import Data
 
 ROWS_FILE = "rows.safetensors"
 ABOUT_FILE = "corpus.json"
+DOCUMENTS = 64  # that a process tokenizes at a time, where several share a stream
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,31 @@ def describe(
     )
 
 
+def encoded_together(
+    documents: Iterator[Document], encoded: Callable[[Document], Encoded], processes: Processes
+) -> Iterator[Encoded]:
+    """Yield documents as tokens, in order: process 0 alone reads them, and each process tokenizes its part of a group.
+
+    Args:
+        documents: read in process 0 alone.
+        encoded: tokenizes one.
+        processes: all of which ask for the same number of documents.
+    """
+    if processes.count == 1:
+        yield from map(encoded, documents)
+        return
+    while group := processes.once(lambda: list(islice(documents, processes.count * DOCUMENTS))):
+        yield from processes.shared(group, encoded)
+
+
 def build_corpus(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, train_tokens: int, seed: int, masked: bool = False
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_tokens: int,
+    seed: int,
+    masked: bool = False,
+    processes: Processes = ALONE,
 ) -> Corpus:
     """Read, split, tokenize and pack the data of a run.
 
@@ -157,6 +184,7 @@ def build_corpus(
         seed: order of the training documents; the held-out documents do not depend on it. Data that is read lazily
             keeps its own order.
         masked: the held-out rows get masks, for encoders; training rows get new ones at every step.
+        processes: that share the tokenizing of data that is read lazily; then all of them call this.
 
     Returns:
         The corpus. With less text than `train_tokens`, its rows are to be repeated; `description` says how often.
@@ -167,7 +195,7 @@ def build_corpus(
     stream = load_documents(data)
     rows = -(-train_tokens // data.length)
     if is_lazy(data):
-        encoded = (encode(document, tokenizer, data.loss) for document in stream)
+        encoded = encoded_together(stream, lambda document: encode(document, tokenizer, data.loss), processes)
         held_out, held_documents = take_shared(encoded, data, most=None)
     else:
         known = list(shuffled(list(stream), seed=0))

@@ -179,6 +179,30 @@ def ask_in_vain(folder: Path) -> None:
     assert processes.largest(processes.rank) == 1
 
 
+def read_a_stream(folder: Path) -> None:
+    """Two processes tokenize a stream that process 0 alone can read; all have the same rows."""
+    from linearize.data import build_corpus
+    from linearize.recipe import Data
+
+    processes = Processes.start(torch.device("cpu"))
+    data = Data(source=str(folder / "stream.jsonl"), streaming=True, length=32, held_out=4)
+    if not processes.main:
+        data = data.model_copy(update={"source": str(folder / "unseen.jsonl")})
+    made = build_corpus(data, stream_tokenizer(), train_tokens=32 * 150, seed=0, processes=processes)
+    (folder / f"{processes.rank}.json").write_text(json.dumps([made.fingerprint, len(made.train)]))
+
+
+def stream_tokenizer() -> Any:
+    """One token a letter."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<unk>", "<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789 "]
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+
+
 def _process(work: Any, folder: Path, rank: int, port: int, environment: dict[str, str]) -> None:
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment})
@@ -251,6 +275,19 @@ def test_fsdp2_shards_what_trains_and_what_does_not(tmp_path: Path) -> None:
 
 def test_processes_share_errors_and_sums(tmp_path: Path) -> None:
     two_processes(ask_in_vain, tmp_path)
+
+
+def test_processes_share_the_tokenizing_of_a_stream(tmp_path: Path) -> None:
+    from linearize.data import build_corpus
+    from linearize.recipe import Data
+
+    lines = [json.dumps({"text": f"document {i} " + "word " * (i % 7 + 1)}) for i in range(300)]
+    (tmp_path / "stream.jsonl").write_text("\n".join(lines))
+    data = Data(source=str(tmp_path / "stream.jsonl"), streaming=True, length=32, held_out=4)
+    wanted = build_corpus(data, stream_tokenizer(), train_tokens=32 * 150, seed=0)
+    two_processes(read_a_stream, tmp_path)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [wanted.fingerprint, len(wanted.train)]
 
 
 def test_what_is_sharded_cannot_train_in_blocks(tmp_path: Path) -> None:

@@ -424,6 +424,7 @@ def test_distillation_without_a_mixer_has_the_labels_alone_to_learn(make_run, co
     settings = Distill(cross_entropy=0.5, tokens=48 * 2 * 8, batch=2, optimizer=FAST)
     runner, plain = DistillRunner(settings, run), FinetuneRunner(Finetune(), make_run())
     runner.prepare()
+    runner.ready()
     rows = corpus.train[:2]
     plain.prepare()
     assert runner.held_out_loss(rows) == pytest.approx(0.5 * plain.held_out_loss(rows), rel=1e-5)

@@ -415,7 +415,8 @@ class Data(Strict):
     """Where the text comes from and how it becomes rows.
 
     Args:
-        source: `builtin`, a local file or folder, or a hub id; a list mixes sources in order.
+        source: `builtin`, a local file or folder, a hub id, or a URL that fsspec opens, such as
+            `s3://bucket/part-*.parquet`; a list mixes sources in order.
         format: `text` rows, `chat` (the teacher's chat template), `alpaca` (instruction, input, output), or found out.
         loss: train on all tokens or on the responses alone.
         length: tokens a row.

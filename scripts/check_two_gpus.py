@@ -26,12 +26,12 @@ mixer:
   window: {size: 32, sinks: 2}
   combine: learned
 stages:
-- {stage: transfer, tokens: 40960, batch: 8, micro_batch: 2, train: qk, optimizer: {lr: 1e-3}}
-- {stage: finetune, tokens: 40960, batch: 8, micro_batch: 2, train_mixer: true, optimizer: {lr: 1e-4}}
-- {stage: distill, tokens: 40960, batch: 8, micro_batch: 2, top_k: 16, optimizer: {lr: 1e-4}}
-- {stage: finetune, tokens: 40960, batch: 8, micro_batch: 2, train: full, optimizer: {lr: 1e-5}}
-- {stage: preference, tokens: 40960, batch: 8, micro_batch: 2, optimizer: {lr: 1e-5}}
-data: {source: builtin, length: 256, held_out: 4}
+- {stage: transfer, tokens: 10240, batch: 4, micro_batch: 1, train: qk, optimizer: {lr: 1e-3}}
+- {stage: finetune, tokens: 10240, batch: 4, micro_batch: 1, train_mixer: true, optimizer: {lr: 1e-4}}
+- {stage: distill, tokens: 10240, batch: 4, micro_batch: 1, top_k: 16, optimizer: {lr: 1e-4}}
+- {stage: finetune, tokens: 10240, batch: 4, micro_batch: 1, train: full, optimizer: {lr: 1e-5}}
+- {stage: preference, tokens: 10240, batch: 4, micro_batch: 1, optimizer: {lr: 1e-5}}
+data: {source: builtin, length: 128, held_out: 4}
 """
 
 

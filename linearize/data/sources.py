@@ -13,6 +13,8 @@ from linearize.data.readers import READERS, Row, file_type, read_file
 from linearize.errors import LinearizeError
 from linearize.recipe import Data
 
+URL = re.compile(r"[a-z][a-z0-9]*://")
+REMOTE = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -91,6 +93,33 @@ def hub_rows(source: str, split: str, streaming: bool) -> Iterable[Row]:
     return rows
 
 
+def url_rows(source: str, split: str) -> Iterable[Row]:
+    """Return the rows of files at a URL, such as `s3://bucket/part-*.parquet`, streamed through `datasets`.
+
+    Raises:
+        LinearizeError: their type is not served there, they cannot be opened, or a split is asked for.
+    """
+    import datasets
+
+    kind = REMOTE.get(file_type(Path(source)) or "")
+    if kind is None or split != "train":
+        what = f"`data.split` is {split!r}, and a URL has no splits" if kind else "their type is not read from a URL"
+        raise LinearizeError(
+            f"Cannot read {source!r} (`data.source`): {what}. Give files that end in {', '.join(REMOTE)} (also as "
+            ".gz or .xz), without `data.split`."
+        )
+    try:
+        dataset: Any = datasets.load_dataset(kind, data_files={"train": source}, split="train", streaming=True)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, ImportError) as error:
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise LinearizeError(
+            f"Cannot open {source!r} (`data.source`): {detail[0].rstrip('.')}. Check the address; fsspec opens it, "
+            "which needs s3fs for s3:// and gcsfs for gs://, and their credentials."
+        ) from error
+    rows: Iterable[Row] = dataset
+    return rows
+
+
 def is_local(source: str) -> bool:
     """Tell whether a source is on this machine: `builtin`, or a file or folder that exists."""
     return source == "builtin" or Path(source).expanduser().exists()
@@ -129,6 +158,8 @@ def source_rows(source: str, split: str, streaming: bool) -> Iterable[Row]:
                 "that holds that split."
             )
         return builtin_rows() if source == "builtin" else read_file(path)
+    if URL.match(source):
+        return url_rows(source, split)
     looks_local = file_type(path) is not None or source.startswith((".", "/", "~"))
     if looks_local or not HUB_ID.fullmatch(source):
         raise missing_file(source)

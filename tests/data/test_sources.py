@@ -183,3 +183,23 @@ def test_reading_never_unpickles(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "3", done.stderr
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_files_at_a_url_are_streamed(tmp_path, name):
+    write(tmp_path / name)
+    assert texts(f"file://{tmp_path}/{name}") == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "words"),
+    [
+        ("s3://bucket/a.txt", {}, "their type is not read"),
+        ("s3://bucket/a.jsonl", {"split": "test"}, "has no splits"),
+        ("file:///nowhere/a.jsonl", {}, "Cannot open 'file:///nowhere/a.jsonl'"),
+        ("nothing://bucket/a.jsonl", {}, "Cannot open 'nothing://bucket/a.jsonl'"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_an_error(source, settings, words):
+    with pytest.raises(LinearizeError, match=words):
+        texts(source, **settings)

@@ -33,6 +33,10 @@ ACCEPTED: dict[str, tuple[str, str]] = {
     "FSDP_VERSION": ("2", "`fsdp_version: 2`"),
     "FSDP_RESHARD_AFTER_FORWARD": ("true", "`fsdp_reshard_after_forward: true`"),
     "FSDP_OFFLOAD_PARAMS": ("false", "`fsdp_offload_params: false`"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "false",
+        "`fsdp_cpu_ram_efficient_loading: false`; each loads the teacher",
+    ),
     "FSDP_ACTIVATION_CHECKPOINTING": ("false", "the recipe's `gradient_checkpointing` in its place"),
     "FSDP_STATE_DICT_TYPE": ("SHARDED_STATE_DICT", "`fsdp_state_dict_type: SHARDED_STATE_DICT`"),
 }

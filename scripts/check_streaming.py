@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=130, help="MB of the teacher's tensors at once")
     given = parser.parse_args()
     sizes = [f"data.length={given.length}", "data.held_out=2", "stages.0.batch=4", "stages.0.micro_batch=2"]
+    sizes.append(f"stages.0.tokens={given.tokens}")
     options = {
         "data": "builtin",
-        "tokens": given.tokens,
         "dtype": given.dtype,
         "device": given.device,
         "overrides": [transfer_alone(Recipe.from_yaml(given.recipe)), *sizes],

@@ -21,6 +21,7 @@ LAYER_TENSORS, LAYER_FP32 = 6.75, 35.5
 CONVOLVED = 40  # more bytes, where the memory reads convolved streams of its own
 MAPPED = 1280  # more bytes, over the head dim, where feature maps train
 EVALUATION = 6 * 2**25  # logits of an evaluation, which come 32 MiB at a time
+LOGIT_TOKENS = 1024  # `stages.finetune.TOKENS_PER_CHUNK`, whose module is heavy
 SHARDS = (2, 4, 8)
 LAUNCHES = ("one GPU", "streamed", "DDP", *(f"FSDP2 x{n}" for n in SHARDS))
 
@@ -96,26 +97,45 @@ def transfer_token_bytes(config: Any, dtype: torch.dtype, mixer: Any, block: int
     return int(max(each * hidden, teacher) + further)
 
 
-def graph_token_bytes(config: Any, dtype: torch.dtype) -> int:
+def graph_token_bytes(config: Any, dtype: torch.dtype, compiled: bool = False) -> int:
     """Return the bytes that a token keeps in a layer for the backward pass."""
-    # Norms, residuals and the attention's inputs and outputs, then the MLP's gate, up, activation and product.
-    return int((13 * config.hidden_size + 4 * inner_size(config)) * dtype.itemsize)
+    # Fitted to the runs of docs/training.md: vectors of the hidden size (norms, residuals, attention's inputs and outputs) and of the MLP's.
+    vectors, inner = (10, 2) if compiled else (20, 4)
+    return int((vectors * config.hidden_size + inner * inner_size(config)) * dtype.itemsize)
 
 
-def token_bytes(stage: AnyStage, config: Any, dtype: torch.dtype, mixer: Any = None) -> int:
-    """Return the estimated bytes that one token of a micro-batch needs."""
+def token_bytes(stage: AnyStage, config: Any, dtype: torch.dtype, mixer: Any = None, compiled: bool = False) -> int:
+    """Return the estimated bytes that one token of a micro-batch needs; `compiled` layers keep less."""
     if isinstance(stage, Transfer):
         return transfer_token_bytes(config, dtype, mixer, stage.block)
-    layer = graph_token_bytes(config, dtype)
+    layer = graph_token_bytes(config, dtype, compiled)
     vectors = config.num_hidden_layers * config.hidden_size * dtype.itemsize
     kept = vectors + layer if stage.gradient_checkpointing else config.num_hidden_layers * layer
-    logits = config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
     aligned = 4 * vectors if isinstance(stage, Distill) and stage.hidden else 0
-    return int(kept + logits + aligned)
+    return int(kept + aligned)
+
+
+def logit_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
+    """Return the estimated bytes of a stage's logits, which exist a chunk of tokens at a time.
+
+    They are there in the weights' dtype and in fp32 with their gradients; a distillation has the teacher's beside.
+    """
+    if isinstance(stage, Transfer):
+        return 0
+    each = 2 * dtype.itemsize + 3 * torch.float32.itemsize * (2 if isinstance(stage, Distill) else 1)
+    return int(LOGIT_TOKENS * config.vocab_size * each)
 
 
 def stage_memory(
-    stage: AnyStage, weights: Weights, trained: int, each_token: int, length: int, *, copied: bool, launch: str
+    stage: AnyStage,
+    weights: Weights,
+    trained: int,
+    each_token: int,
+    length: int,
+    *,
+    logits: int = 0,
+    copied: bool,
+    launch: str,
 ) -> int | None:
     """Return the estimated peak bytes on each GPU.
 
@@ -125,6 +145,7 @@ def stage_memory(
         trained: parameters.
         each_token: from `token_bytes`.
         length: tokens a row.
+        logits: from `logit_bytes`.
         copied: the teacher is there a second time.
         launch: one of `LAUNCHES`.
 
@@ -137,7 +158,7 @@ def stage_memory(
     if launch == "streamed":
         return None if not isinstance(stage, Transfer) else _streamed(stage, weights, trained, activations)
     # Evaluations keep a copy of the output embedding.
-    fixed = weights.head + (weights.total if copied else 0)
+    fixed = weights.head + logits + (weights.total if copied else 0)
     if gpus == 1:
         return fixed + weights.total + trained * TRAIN_BYTES + activations
     if isinstance(stage, Transfer) and stage.block > 1:

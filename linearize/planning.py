@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
-from linearize.estimates import LAUNCHES, Weights, stage_memory, token_bytes
+from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, token_bytes
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers
 from linearize.modeling.classes import family_of, layers_of
@@ -29,6 +29,7 @@ from linearize.recipe import (
 )
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
+from linearize.stages.speed import PASSES
 from linearize.stream_plan import available_memory, check_streamed, transfer_alone
 from linearize.weights import empty_model
 
@@ -443,10 +444,13 @@ def _stage(
     length = recipe.data.length
     steps = stage.steps(length)
     weights = Weights.of(network, layers_of(network))
-    each = token_bytes(stage, network.config, dtype, next(iter(mixers.values()), None))
+    passes = steps * -(-stage.batch // (stage.micro_batch or stage.batch))
+    each = token_bytes(stage, network.config, dtype, next(iter(mixers.values()), None), passes >= PASSES)
+    logits = logit_bytes(stage, network.config, dtype)
     copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
     launches = {
-        launch: stage_memory(stage, weights, trained, each, length, copied=copied, launch=launch) for launch in LAUNCHES
+        launch: stage_memory(stage, weights, trained, each, length, logits=logits, copied=copied, launch=launch)
+        for launch in LAUNCHES
     }
     rows = (stage.micro_batch or stage.batch) * length
     memory = launches["streamed" if stream is not None and isinstance(stage, Transfer) else "one GPU"] or 0

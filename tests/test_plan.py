@@ -210,7 +210,7 @@ def test_what_transfer_keeps_is_planned(tiny_config) -> None:
 
     assert memory(", order: layerwise") - memory() == 6400 * 64 * 4
     assert memory(", maps: 1.0") - memory() == 6 * 4 * 64 * 64 * 4
-    per_token = 4 * (13 * 64 + 4 * 96)
+    per_token = 4 * (20 * 64 + 4 * 96)
     assert memory(", block: 2") - memory() == 64 * per_token
     with pytest.raises(LinearizeError, match="no attention map: its `combine`"):
         memory(", maps: 1.0", "liger")

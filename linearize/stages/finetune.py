@@ -73,7 +73,8 @@ class FinetuneRunner(StageRunner):
             parameter.requires_grad_(True)
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.decoder = FastDecoder(model, self.passes(), graph=not self.settings.gradient_checkpointing)
+        passes = 0 if self.run.processes.sharded else self.passes()  # layers that gather their weights stay as they are
+        self.decoder = FastDecoder(model, passes, graph=not self.settings.gradient_checkpointing)
         return trained
 
     def shrink(self) -> None:

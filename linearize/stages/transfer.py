@@ -163,7 +163,8 @@ class TransferRunner(StageRunner):
             self.layers[index] = TransferLayer(teacher, student, self.settings)
             self.trained[index] = list(own.values())
         self.inputs = self.block_inputs()
-        if self.inputs is None and self.settings.block == 1 and self.settings.patience is None:
+        whole = not self.run.processes.sharded  # what gathers weights meanwhile is not captured
+        if whole and self.inputs is None and self.settings.block == 1 and self.settings.patience is None:
             self.fast = FastPass(self._whole, list(trained.values()), self.passes(), self.run.device)
         return trained
 

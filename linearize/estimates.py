@@ -99,7 +99,7 @@ def transfer_token_bytes(config: Any, dtype: torch.dtype, mixer: Any, block: int
 
 def graph_token_bytes(config: Any, dtype: torch.dtype, compiled: bool = False) -> int:
     """Return the bytes that a token keeps in a layer for the backward pass."""
-    # Fitted to the runs of docs/training.md: vectors of the hidden size (norms, residuals, attention's inputs and outputs) and of the MLP's.
+    # Vectors of the hidden size and of the MLP's, fitted to the runs of docs/training.md.
     vectors, inner = (10, 2) if compiled else (20, 4)
     return int((vectors * config.hidden_size + inner * inner_size(config)) * dtype.itemsize)
 

@@ -8,6 +8,7 @@ loads each result in this one process, and prints a table. Exits with 1 where lo
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("out/two-gpus"), help="a folder; what lies there goes")
     parser.add_argument("--dtype", default="float32", help="bfloat16 is compared more loosely")
+    parser.add_argument("--only", nargs="+", help="starts to try besides one process, such as FSDP2")
+    parser.add_argument(
+        "--seconds", type=int, default=300, help="after which a start counts as hung: where it hangs is shown"
+    )
     parser.add_argument("--cpu", action="store_true", help="two gloo processes, to try the script itself")
     given = parser.parse_args()
     if not given.cpu and torch.cuda.device_count() < 2:
@@ -65,6 +70,11 @@ def main() -> int:
     given.output.mkdir(parents=True)
     make_teacher(given.output / "teacher")
     (given.output / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (given.output / "sitecustomize.py").write_text(
+        f"import faulthandler\nfaulthandler.dump_traceback_later({given.seconds}, exit=True)\n", encoding="utf-8"
+    )
+    paths = [str(given.output.absolute()), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     sharded = ["env", "ACCELERATE_USE_FSDP=true", "FSDP_VERSION=2", *launcher]
@@ -82,15 +92,17 @@ def main() -> int:
     print(f"torch {torch.__version__}, {'CPU' if given.cpu else torch.cuda.get_device_name()}, {given.dtype}")
     print(f"{'start':<16}{'seconds':>9}{'steps':>7}{'largest difference of a loss':>30}{'of a logit':>12}   verdict")
     for name, start in starts.items():
+        if given.only and name != "one process" and not any(word in name for word in given.only):
+            continue
         folder = given.output / name.replace(", ", "-").replace(" ", "-")
         command = [*start, "-m", "linearize", "--model", str(given.output / "teacher"), "--output", str(folder)]
         command += ["--recipe", str(given.output / "recipe.yaml"), "--dtype", given.dtype]
         command += ["--device", "cpu" if given.cpu else "cuda"]
         began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
         seconds = time.perf_counter() - began
         if done.returncode:
-            print(f"{name:<16}{seconds:>9.1f}   FAILED, exit {done.returncode}:\n{done.stderr[-3000:]}")
+            print(f"{name:<16}{seconds:>9.1f}   FAILED, exit {done.returncode}:\n{done.stderr[-12000:]}", flush=True)
             failed = True
             continue
         import linearize
@@ -105,7 +117,10 @@ def main() -> int:
         logit = float((logits - wanted[1]).abs().max() / wanted[1].abs().max())
         fine = loss <= tolerance and logit <= 10 * tolerance
         failed |= not fine
-        print(f"{name:<16}{seconds:>9.1f}{len(records):>7}{loss:>30.1e}{logit:>12.1e}   {'ok' if fine else 'OFF'}")
+        print(
+            f"{name:<16}{seconds:>9.1f}{len(records):>7}{loss:>30.1e}{logit:>12.1e}   {'ok' if fine else 'OFF'}",
+            flush=True,
+        )
     return int(failed)
 
 

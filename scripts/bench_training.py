@@ -38,11 +38,13 @@ FLOPS_PER_WEIGHT = {"transfer": 2, "finetune": 4, "distill": 6}
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # dense bf16, by the vendor's datasheet
 
 
-def random_model(alias: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a model of an alias's shape with random weights."""
+def random_model(alias: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
+    """Return a model of an alias's shape with random weights; `layers` keeps the first few."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = dict(read_alias(alias).config)
+    if layers is not None:
+        config["num_hidden_layers"] = layers
     config = AutoConfig.for_model(config.pop("model_type"), **config)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

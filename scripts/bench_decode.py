@@ -1,0 +1,237 @@
+"""Decode speed of a converted model beside its teacher, one CUDA graph a token for both, by batch and context.
+
+    python scripts/bench_decode.py --model llama-3-8b --recipe liger --batches 1 16 --contexts 1024 8192 16384 32768
+
+Random weights of a real shape. The teacher reads a full cache of keys and values per KV head; the query heads of a
+group are rows of one product, so nothing is repeated. The student's cache does not depend on the context. The roofline
+is the ratio of bytes: weights and KV over weights and state (read and written). Prints one table; what does not fit is
+said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_training import random_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from linearize.cache import LinearizedCache
+from linearize.eval.memory import tensor_bytes
+from linearize.modeling.classes import layers_of
+from linearize.recipe import Recipe
+from linearize.surgery import convert
+
+PROMPT = 160  # tokens that fill the student's window and state
+
+
+def grouped_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of one query a head, [B, H, 1, D], on all keys [B, G, L, D]."""
+    batch, heads, _, dim = q.shape
+    rows = q.reshape(batch, k.shape[1], heads // k.shape[1], dim)
+    out = F.scaled_dot_product_attention(rows, k, v, scale=scaling)
+    return out.reshape(batch, heads, 1, dim).transpose(1, 2), None
+
+
+class FullLayer(CacheLayerMixin):
+    """Keys and values of `length` tokens; each new token takes the last place, so that the context stays as it is."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the token and return everything."""
+        self.keys[:, :, -1:], self.values[:, :, -1:] = k, v
+        return self.keys, self.values
+
+    def lazy_initialization(self, *_: Any) -> None:
+        """Nothing to do."""
+
+    def get_seq_length(self) -> int:
+        """Tokens before the new one."""
+        return self.keys.shape[2] - 1
+
+    def get_max_cache_shape(self) -> int:
+        """All places."""
+        return self.keys.shape[2]
+
+    get_max_length = get_max_cache_shape
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys and their offset."""
+        return self.keys.shape[2], 0
+
+
+def full_cache(config: Any, batch: int, context: int, like: Tensor) -> Cache:
+    """A teacher's cache of random keys and values."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, context, dim)
+    layers = [
+        FullLayer(like.new_empty(shape).normal_(), like.new_empty(shape).normal_())
+        for _ in range(config.num_hidden_layers)
+    ]
+    return Cache(layers=layers)
+
+
+@torch.no_grad()
+def token_seconds(model: Any, cache: Any, batch: int, position: int, repeats: int) -> float:
+    """Median time of one greedy token, replayed from a CUDA graph on a GPU."""
+    device = next(model.parameters()).device
+    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    places = torch.full((batch, 1), position, device=device)
+
+    def step() -> None:
+        out = model(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True)
+        token.copy_(out.logits[:, -1:].argmax(-1))
+
+    run: Callable[[], None] = step
+    if device.type == "cuda":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
+    times = []
+    for _ in range(repeats + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return median(times[3:])
+
+
+@torch.no_grad()
+def student_cache(model: Any, batch: int) -> LinearizedCache:
+    """A cache that has seen a prompt."""
+    device = next(model.parameters()).device
+    ids = torch.randint(model.config.vocab_size, (batch, PROMPT), device=device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a token reads: all but the input embedding's table, if it is not the head too."""
+    table = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is table
+    return sum(p.numel() * p.element_size() for p in model.parameters() if tied or p is not table)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, read and written."""
+    if device.type != "cuda":
+        return float("nan")
+    source = torch.randn(2**28, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * source.numel() * 4 / median(times)
+
+
+def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the teacher at every context, then the student, at every batch."""
+    device = next(model.parameters()).device
+    bandwidth = copy_bandwidth(device)
+    weights, like = weight_bytes(model), model.get_input_embeddings().weight
+    ALL_ATTENTION_FUNCTIONS.register("grouped_decode", grouped_attention)
+    model.set_attn_implementation("grouped_decode")
+    teacher: dict[tuple[int, int], tuple[float | None, int]] = {}
+    for batch in given.batches:
+        for context in given.contexts:
+            cache = None
+            try:
+                cache = full_cache(model.config, batch, context, like)
+                seconds = token_seconds(model, cache, batch, context - 1, given.repeats)
+                teacher[batch, context] = seconds, tensor_bytes(cache)
+            except torch.OutOfMemoryError:
+                teacher[batch, context] = None, 0
+            del cache
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    assert recipe.mixer is not None
+    convert(model, recipe.mixer.model_dump())
+    rows = []
+    for batch in given.batches:
+        cache = student_cache(model, batch)
+        mine, state = token_seconds(model, cache, batch, PROMPT, given.repeats), tensor_bytes(cache)
+        for context in given.contexts:
+            theirs, kv = teacher[batch, context]
+            roofline = (weights + kv) / (weights + 2 * state)
+            rows.append(
+                {
+                    "batch": batch,
+                    "context": context,
+                    "teacher_ms": None if theirs is None else round(theirs * 1e3, 3),
+                    "teacher_of_copy": None if theirs is None else round((weights + kv) / theirs / bandwidth, 2),
+                    "student_ms": round(mine * 1e3, 3),
+                    "student_of_copy": round((weights + 2 * state) / mine / bandwidth, 2),
+                    "ratio": None if theirs is None else round(theirs / mine, 2),
+                    "roofline": None if theirs is None else round(roofline, 2),
+                    "of_roofline": None if theirs is None else round(theirs / mine / roofline, 2),
+                    "kv_mib": None if theirs is None else round(kv / 2**20),
+                    "state_mib": round(state / 2**20, 1),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b", help="alias")
+    parser.add_argument("--recipe", default="liger", help="without exact heads")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 16384, 32768, 65536])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's layers of both")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=int, help="keep so many layers, to try the script")
+    parser.add_argument("--csv")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = random_model(given.model, device, dtype, given.layers)
+    if given.compile:
+        for layer in layers_of(model):
+            layer.compile()
+    rows = measure(model, Recipe.from_yaml(given.recipe), given)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    table = Table(*rows[0], title=f"{given.model}, {given.recipe}; {where}, torch {torch.__version__}")
+    for row in rows:
+        table.add_row(*("does not fit" if value is None else str(value) for value in row.values()))
+    Console(width=180).print(table)
+    if given.csv:
+        with open(given.csv, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

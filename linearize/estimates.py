@@ -115,15 +115,15 @@ def token_bytes(stage: AnyStage, config: Any, dtype: torch.dtype, mixer: Any = N
     return int(kept + aligned)
 
 
-def logit_bytes(stage: AnyStage, config: Any, dtype: torch.dtype) -> int:
-    """Return the estimated bytes of a stage's logits, which exist a chunk of tokens at a time.
+def logit_bytes(stage: AnyStage, config: Any, dtype: torch.dtype, tokens: int) -> int:
+    """Return the estimated bytes of the logits of a pass of so many tokens, a chunk of which exist at a time.
 
     They are there in the weights' dtype and in fp32 with their gradients; a distillation has the teacher's beside.
     """
     if isinstance(stage, Transfer):
         return 0
     each = 2 * dtype.itemsize + 3 * torch.float32.itemsize * (2 if isinstance(stage, Distill) else 1)
-    return int(LOGIT_TOKENS * config.vocab_size * each)
+    return int(min(tokens, LOGIT_TOKENS) * config.vocab_size * each)
 
 
 def stage_memory(

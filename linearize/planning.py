@@ -444,15 +444,15 @@ def _stage(
     length = recipe.data.length
     steps = stage.steps(length)
     weights = Weights.of(network, layers_of(network))
-    passes = steps * -(-stage.batch // (stage.micro_batch or stage.batch))
+    rows = (stage.micro_batch or stage.batch) * length
+    passes = steps * -(-stage.batch * length // rows)
     each = token_bytes(stage, network.config, dtype, next(iter(mixers.values()), None), passes >= PASSES)
-    logits = logit_bytes(stage, network.config, dtype)
+    logits = logit_bytes(stage, network.config, dtype, rows)
     copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
     launches = {
         launch: stage_memory(stage, weights, trained, each, length, logits=logits, copied=copied, launch=launch)
         for launch in LAUNCHES
     }
-    rows = (stage.micro_batch or stage.batch) * length
     memory = launches["streamed" if stream is not None and isinstance(stage, Transfer) else "one GPU"] or 0
     if isinstance(stage, Transfer):
         memory += _transfer_bytes(stage, network.config, dtype, rows, length, streamed=stream is not None)

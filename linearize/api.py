@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from linearize import workspace, yaml_io
 from linearize.adapter import is_adapter, joined
-from linearize.checkpoint import sync, sync_all, write_text
+from linearize.checkpoint import replace_text, sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.data.sources import is_lazy, is_local, source_names
 from linearize.errors import LinearizeError, UnknownNameError
@@ -312,20 +312,64 @@ def _run(job: Job, work: Path, processes: Processes, watch: Watch, signals: Sign
     with evaluating(model, processes) as student:
         samples["student"] = sample(student, tokenizer, PROMPT)
     del student
-    results = {
+    provenance = run_provenance(job, info, corpus, time.time() - began)
+    results = {**run_results(job, rows.rows, provenance), "samples": samples}
+    watch({"event": "save"})
+    processes.once(lambda: _save(job, model, tokenizer, results, work, scores))
+    return results
+
+
+def run_results(job: Job, rows: list[dict[str, Any]], provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return what `results.json` holds of every run.
+
+    Args:
+        job: with what a probe chose.
+        rows: all that was measured.
+        provenance: what a reader needs to judge or repeat it.
+    """
+    return {
         "model": job.source.name,
         "recipe": job.recipe.name,
-        "rows": rows.rows,
-        "samples": samples,
-        "cache": cache_rows(job.plan),
-        "provenance": run_provenance(job, info, corpus, time.time() - began),
+        "rows": rows,
+        "cache": [
+            {"context": context, "teacher_bytes": teacher, "student_bytes": student}
+            for context, (teacher, student) in job.plan.cache.items()
+        ],
+        "provenance": provenance,
         "recipe_yaml": job.plan.recipe.to_yaml(),
         "converted": job.recipe.mixer is not None,
         "causal": job.recipe.causal,
     }
-    watch({"event": "save"})
-    processes.once(lambda: _save(job, model, tokenizer, results, work, scores))
-    return results
+
+
+def stage_run(
+    job: Job,
+    model: Any,
+    surgery: Surgery | None,
+    corpus: Corpus,
+    work: Path,
+    watch: Watch,
+    signals: Signals,
+    processes: Processes | None = None,
+    load_teacher: Callable[[torch.device], Any] | None = None,
+) -> Run:
+    """Return what the stages of a job share; one process on the job's device by default."""
+    processes = processes or Processes(device=job.device)
+    return Run(
+        model=model,
+        surgery=surgery,
+        corpus=corpus,
+        folder=work / workspace.STAGES,
+        seed=job.seed,
+        device=processes.host,
+        autocast=None if job.dtype == torch.float32 else job.dtype,
+        metrics=work / "metrics.jsonl",
+        progress=lambda record: watch({"event": "step", **record}),
+        tell=watch,
+        signals=signals,
+        load_teacher=load_teacher,
+        processes=processes,
+    )
 
 
 def run_provenance(job: Job, info: TeacherInfo, corpus: Corpus, seconds: float) -> dict[str, Any]:
@@ -337,14 +381,6 @@ def run_provenance(job: Job, info: TeacherInfo, corpus: Corpus, seconds: float) 
     known["teacher"] |= {"base_model": base_model(job.source), "license": info.license}
     known["data"]["datasets"] = named
     return known
-
-
-def cache_rows(plan: Plan) -> list[dict[str, Any]]:
-    """Return the cache bytes of a plan as `results.json` has them."""
-    return [
-        {"context": context, "teacher_bytes": teacher, "student_bytes": student}
-        for context, (teacher, student) in plan.cache.items()
-    ]
 
 
 def _stages(
@@ -367,21 +403,7 @@ def _stages(
             shard(teacher, processes)
         return teacher
 
-    run = Run(
-        model=model,
-        surgery=surgery,
-        corpus=corpus,
-        folder=work / workspace.STAGES,
-        seed=job.seed,
-        device=processes.host,
-        autocast=None if job.dtype == torch.float32 else job.dtype,
-        metrics=work / "metrics.jsonl",
-        progress=lambda record: watch({"event": "step", **record}),
-        tell=watch,
-        signals=signals,
-        load_teacher=teacher_on,
-        processes=processes,
-    )
+    run = stage_run(job, model, surgery, corpus, work, watch, signals, processes, teacher_on)
     tokens = seconds = 0.0
     recipe = job.recipe
     converted = [] if surgery is None else sorted(surgery.teachers)
@@ -444,9 +466,7 @@ class Rows:
         self.watch({"event": "row", "row": row})
 
     def _write(self) -> None:
-        beside = self.path.with_suffix(".new")
-        write_text(beside, json.dumps(self.rows))
-        beside.replace(self.path)
+        replace_text(self.path, json.dumps(self.rows))
 
 
 def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALONE) -> Corpus:

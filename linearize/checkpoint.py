@@ -42,6 +42,13 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that appears, or takes an older one's place, whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    write_text(beside, text)
+    beside.replace(path)
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linearize.checkpoint import write_text
+from linearize.checkpoint import replace_text
 from linearize.errors import LinearizeError
 from linearize.recipe import ExactHeads, Measure, Probe, Recipe, SoftmaxLayers
 from linearize.registry import families
@@ -86,9 +86,7 @@ class ProbeScores:
 
     def write(self, path: Path) -> None:
         """Write the scores as JSON; the file appears whole or not at all."""
-        beside = path.with_name(path.name + ".new")
-        write_text(beside, json.dumps(asdict(self), indent=1))
-        beside.replace(path)
+        replace_text(path, json.dumps(asdict(self), indent=1))
 
     @classmethod
     def read(cls, path: Path) -> ProbeScores:

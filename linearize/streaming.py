@@ -18,15 +18,16 @@ from linearize.api import (
     Result,
     Rows,
     Watch,
-    cache_rows,
     describe,
     keep_corpus,
     plan_probed,
     prepare_job,
     run_provenance,
+    run_results,
+    stage_run,
 )
 from linearize.assemble import assemble
-from linearize.checkpoint import write_text
+from linearize.checkpoint import replace_text, write_text
 from linearize.data import Corpus
 from linearize.errors import LinearizeError
 from linearize.eval.memory import format_bytes
@@ -35,7 +36,6 @@ from linearize.layered import LayeredTeacher
 from linearize.planning import check_disk, converted_layers
 from linearize.recipe import Recipe, Transfer
 from linearize.report.metrics import Record, read_metrics
-from linearize.stages import Run
 from linearize.stages.streamed import NAME, STUDENTS, Stream, convert_layers
 from linearize.stream_plan import transfer_alone
 from linearize.surgery import Surgery
@@ -86,16 +86,8 @@ def run_streamed(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[s
         for name, quality in stream.qualities():
             costs = {"tokens": int(spent["tokens"]), "seconds": spent["seconds"]}
             rows.add({**quality.row(name), **(costs if name == STUDENTS[1] else {"tokens": 0, "seconds": 0.0})})
-    results = {
-        "model": job.source.name,
-        "recipe": job.recipe.name,
-        "rows": rows.rows,
-        "cache": cache_rows(job.plan),
-        "provenance": run_provenance(job, info, corpus, time.time() - began) | {"teacher_bytes_at_once": teacher.peak},
-        "recipe_yaml": job.plan.recipe.to_yaml(),
-        "converted": True,
-        "causal": job.recipe.causal,
-    }
+    provenance = run_provenance(job, info, corpus, time.time() - began) | {"teacher_bytes_at_once": teacher.peak}
+    results = run_results(job, rows.rows, provenance)
     watch({"event": "save"})
     final = work / workspace.FINAL
     shutil.rmtree(final, ignore_errors=True)
@@ -138,18 +130,7 @@ def _stream(
     surgery = _convert(job, teacher, work / START, chosen)
     settings = job.recipe.stages[0]
     assert isinstance(settings, Transfer)
-    run = Run(
-        model=teacher.model,
-        surgery=surgery,
-        corpus=corpus,
-        folder=work / workspace.STAGES,
-        seed=job.seed,
-        device=job.device,
-        autocast=None if job.dtype == torch.float32 else job.dtype,
-        progress=lambda record: watch({"event": "step", **record}),
-        tell=watch,
-        signals=signals,
-    )
+    run = stage_run(job, teacher.model, surgery, corpus, work, watch, signals)
     states = work / STATES if plan.on_disk or (work / STATES).exists() else None
     return Stream(teacher, surgery, settings, run, work / START, chosen, states, measure)
 
@@ -163,9 +144,7 @@ def _convert(job: Job, teacher: LayeredTeacher, start: Path, chosen: range) -> S
 
 
 def _write_metrics(records: list[Record], path: Path) -> None:
-    beside = path.with_suffix(".new")
-    write_text(beside, "".join(json.dumps(record) + "\n" for record in records))
-    beside.replace(path)
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _end_stage(stream: Stream, folder: Path, spent: dict[str, float]) -> None:
@@ -247,16 +226,7 @@ def merge(
                 for part in found
             ],
         }
-        results = {
-            "model": job.source.name,
-            "recipe": job.recipe.name,
-            "rows": [],
-            "cache": cache_rows(job.plan),
-            "provenance": provenance,
-            "recipe_yaml": job.plan.recipe.to_yaml(),
-            "converted": True,
-            "causal": job.recipe.causal,
-        }
+        results = run_results(job, [], provenance)
         describe(job, results, work, scores)
         workspace.publish(work, folder)
     return Result(folder, results)

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from linearize import __version__, yaml_io
-from linearize.checkpoint import sync, sync_all, write_text
+from linearize.checkpoint import replace_text, sync, sync_all, write_text
 from linearize.data import Corpus
 from linearize.errors import LinearizeError
 from linearize.teacher import TeacherInfo
@@ -206,9 +206,7 @@ def same_teacher(work: Path, teacher: TeacherInfo) -> None:
     if note.is_file():
         same_settings({"teacher": json.loads(note.read_text(encoding="utf-8"))}, {"teacher": now}, work, "was begun")
         return
-    beside = note.with_suffix(".new")
-    write_text(beside, json.dumps(now))
-    beside.replace(note)
+    replace_text(note, json.dumps(now))
 
 
 def checkpoint_folder(folder: str | Path) -> Path:

@@ -11,7 +11,6 @@ said.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable
 from statistics import median
@@ -19,9 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_training import random_model
-from rich.console import Console
-from rich.table import Table
+from bench_training import random_model, report
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -222,15 +219,7 @@ def main() -> None:
             layer.compile()
     rows = measure(model, Recipe.from_yaml(given.recipe), given)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    table = Table(*rows[0], title=f"{given.model}, {given.recipe}; {where}, torch {torch.__version__}")
-    for row in rows:
-        table.add_row(*("does not fit" if value is None else str(value) for value in row.values()))
-    Console(width=180).print(table)
-    if given.csv:
-        with open(given.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    report(rows, f"{given.model}, {given.recipe}; {where}, torch {torch.__version__}", given.csv, "does not fit")
 
 
 if __name__ == "__main__":

@@ -137,6 +137,19 @@ def _profile(step: Any) -> None:
     print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))
 
 
+def report(rows: list[dict[str, Any]], title: str, path: str | None, absent: str = "None") -> None:
+    """Print rows as a table, and write them as CSV where a path is given; `absent` stands for None in the table."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(absent if value is None else str(value) for value in row.values()))
+    Console(width=180).print(table)
+    if path:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def main() -> None:
     """Measure the stages asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,15 +179,7 @@ def main() -> None:
         speed.PASSES = 10**9
     model = random_model(given.model, torch.device("cuda"), getattr(torch, given.dtype))
     results = [measure(s, model, recipe, given) for s in recipe.stages if s.stage in given.stages]
-    table = Table(*results[0], title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for row in results:
-        table.add_row(*(str(value) for value in row.values()))
-    Console(width=180).print(table)
-    if given.csv:
-        with open(given.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(results[0]))
-            writer.writeheader()
-            writer.writerows(results)
+    report(results, f"{torch.cuda.get_device_name()}, torch {torch.__version__}", given.csv)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class FastDecoder:
     def __init__(self, model: Any, passes: int, graph: bool = True) -> None:
         self.decoder = model.get_decoder()
         self.layers: list[nn.Module] = []
+        self.trained: list[nn.Parameter] = []
         self.graphed: Any = None
         self.shape: torch.Size | None = None
         if next(model.parameters()).device.type != "cuda" or passes < PASSES:
@@ -74,14 +75,15 @@ class FastDecoder:
             self._capture(input_ids, position_ids)
         if self.graphed is None or input_ids.shape != self.shape or not torch.is_grad_enabled():
             return decoder_states(self.decoder, input_ids, position_ids)
-        for parameter in self.decoder.parameters():
-            if parameter.requires_grad and parameter.grad is None:  # else it would become the graph's own buffer
+        for parameter in self.trained:
+            if parameter.grad is None:  # else it would become the graph's own buffer
                 parameter.grad = torch.zeros_like(parameter)
         states: Tensor = self.graphed(input_ids, position_ids)
         return states
 
     def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
         self.shape = input_ids.shape
+        self.trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         try:
             self.graphed = torch.cuda.make_graphed_callables(
                 _Decoder(self.decoder).train(), (input_ids, position_ids), allow_unused_input=True
@@ -92,7 +94,7 @@ class FastDecoder:
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
         """Run a forward pass as training does, so that nothing is compiled anew, and without a backward pass."""
-        with torch.set_grad_enabled(self.graphed is not None or bool(self.layers)):
+        with torch.set_grad_enabled(bool(self.layers)):
             yield
 
     def forget(self) -> None:
@@ -102,8 +104,8 @@ class FastDecoder:
     def close(self) -> None:
         """Leave the layers as they were, and let the graph's memory go."""
         self.graphed = None
-        for layer in self.layers:
-            layer._compiled_call_impl = None
+        while self.layers:
+            self.layers.pop()._compiled_call_impl = None
 
 
 class FastPass:

@@ -21,14 +21,14 @@ from linearize.data import PackedRows
 from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext, sequence_context
-from linearize.modeling.classes import family_of, packed_inputs
+from linearize.modeling.classes import family_of
 from linearize.recipe import TRAINED_PROJECTIONS, Transfer
 from linearize.stages import base
 from linearize.stages.adapters import add_lora, attention_targets, lora_parameters, merge_lora
 from linearize.stages.base import Run, StageRunner
 from linearize.stages.blocks import BlockInputs, decoder_arguments, only
 from linearize.stages.maps import check_map, map_cross_entropy
-from linearize.stages.speed import FastPass
+from linearize.stages.speed import FastPass, decoder_states
 
 
 class TransferLayer(nn.Module):
@@ -205,10 +205,6 @@ class TransferRunner(StageRunner):
             groups.setdefault(int(name.split(".")[1]) // self.settings.block, []).append(parameter)
         return list(groups.values())
 
-    def _arguments(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        given = {name: inputs[name] for name in ("input_ids", "position_ids")}
-        return {**packed_inputs(self.run.model.config, given), "use_cache": False}
-
     def _set(self, positions: Tensor, training: bool, share: float | Tensor) -> None:
         """Tell the layers about a pass over rows with these position ids."""
         batch, length = positions.shape
@@ -217,31 +213,29 @@ class TransferRunner(StageRunner):
             layer.share, layer.context = share, context
             layer.train(training)
 
-    def _whole(self, input_ids: Tensor, position_ids: Tensor, share: Tensor) -> Tensor:
-        """Train every layer on rows [B, T] that have `share` [] of a batch, and return the losses [layers]."""
-        self._set(position_ids, True, share)
-        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+    def _whole(self, input_ids: Tensor, position_ids: Tensor, share: Tensor, training: bool = True) -> Tensor:
+        """Run, or train, every layer on rows [B, T] that have `share` [] of a batch; return the losses [layers]."""
+        self._set(position_ids, training, share)
         with self.surgery.installed({**self.surgery.teachers, **self.layers}), torch.no_grad(), self.run.precision():
-            self.decoder(**self._arguments(inputs))
+            decoder_states(self.decoder, input_ids, position_ids)
         return torch.stack([layer.loss for layer in self.layers.values()])
 
     def _pass(self, rows: PackedRows, training: bool, share: float = 1.0) -> dict[int, float]:
         """Run rows, or the block whose turn it is, and return the loss of each layer that was run."""
         inputs = rows.inputs(self.run.device)
-        if training and self.fast is not None:
-            part = torch.tensor(share, device=self.run.device)
-            every = self.fast(inputs["input_ids"], inputs["position_ids"], part)
+        place = None if self.inputs is None or not training else self.inputs.place
+        if place is None and self.settings.block == 1:
+            given = inputs["input_ids"], inputs["position_ids"], torch.tensor(share, device=self.run.device)
+            every = self.fast(*given) if training and self.fast is not None else self._whole(*given, training)
             return dict(zip(self.layers, every.tolist(), strict=True))
         self._set(inputs["position_ids"], training, share)
-        place = None if self.inputs is None or not training else self.inputs.place
         hidden = None if place is None else self._input(rows)
+        blocks = self.blocks if place is None else [self.blocks[place]]
+        ran = [index for block in blocks for index in block if index in self.layers]
         if self.settings.block == 1:
-            ran = list(self.layers) if place is None else [self.blocks[place][0]]
             with self.surgery.installed({**self.surgery.teachers, **self.layers}), torch.no_grad():
-                self._run(rows, None if place is None else self.blocks[place], hidden)
+                self._run(rows, blocks[0], hidden)
         else:
-            blocks = self.blocks if place is None else [self.blocks[place]]
-            ran = [index for block in blocks for index in block if index in self.layers]
             for block in blocks:
                 hidden = self._block(rows, block, hidden, training)
         losses = torch.stack([self.layers[index].loss for index in ran]).tolist()
@@ -251,22 +245,16 @@ class TransferRunner(StageRunner):
         """What is kept of the rows at the entry of the block whose turn it is."""
         return None if self.inputs is None else self.inputs.read(rows).to(self.run.device)
 
-    def _run(self, rows: PackedRows, block: range | None, hidden: Tensor | None) -> Tensor | None:
-        """Run the decoder, or a block of it from its input (None: what is embedded), and return the block's output."""
-        with self.run.precision():
-            if block is None:
-                self.decoder(**self._arguments(rows.inputs(self.run.device)))
-                return None
-            with only(self.run.model, block, hidden) as outputs:
-                self.decoder(**decoder_arguments(self.run.model, rows, self.run.device, hidden))
-            return outputs[0]
+    def _run(self, rows: PackedRows, block: range, hidden: Tensor | None) -> Tensor:
+        """Run a block of the decoder from its input (None: what is embedded), and return the block's output."""
+        with self.run.precision(), only(self.run.model, block, hidden) as outputs:
+            self.decoder(**decoder_arguments(self.run.model, rows, self.run.device, hidden))
+        return outputs[0]
 
     def _advance(self, rows: PackedRows, block: range, hidden: Tensor | None) -> Tensor:
         """The teacher's output of a block, from its input."""
         with self.surgery.installed(self.surgery.teachers), torch.no_grad():
-            output = self._run(rows, block, None if hidden is None else hidden.to(self.run.device))
-        assert output is not None
-        return output
+            return self._run(rows, block, None if hidden is None else hidden.to(self.run.device))
 
     def _block(self, rows: PackedRows, block: range, hidden: Tensor | None, training: bool) -> Tensor:
         """Run teacher and student through a block, train the student on the teacher, return the teacher's output."""

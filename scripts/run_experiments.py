@@ -50,6 +50,8 @@ def convert(name: str, run: dict[str, Any], given: argparse.Namespace) -> str:
     words += ["--output", str(folder), *changes]
     if call([*LINEARIZE, *words], log):
         return f"{name}: not finished; see {log}"
+    if not given.texts:
+        return f"{name}: converted"
     texts = [word for text in given.texts for word in ("--data", text)]
     sizes = ["--rows", str(given.rows), "--length", "1024", "--tasks", "none", "--contexts", "none"]
     recall = ["--recall", given.recall, "--lengths", given.lengths, "--samples", str(given.samples)]
@@ -94,7 +96,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=known)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", nargs="+", required=True)
-    parser.add_argument("--texts", nargs="+", required=True, help="to evaluate on")
+    parser.add_argument("--texts", nargs="+", default=[], help="to evaluate on; without, runs are converted alone")
     parser.add_argument("--tokens", default="20M")
     parser.add_argument("--rows", type=int, default=256, help="of each text")
     parser.add_argument("--recall", default="passkey")

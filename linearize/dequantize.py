@@ -72,6 +72,10 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
         for name, text in notes.items():
             (temporary / name).write_text(text, encoding="utf-8")
         temporary.chmod(0o755)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first, with the same
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from linearize import aliases, fetch
 from linearize.aliases import alias_names, read_alias
+from linearize.dequantize import convert_gguf
 from linearize.errors import LinearizeError
 from linearize.teacher import check_causal, load_config, load_teacher, resolve
 from linearize.weights import check_safetensors, sha256
@@ -303,6 +304,14 @@ def test_gguf(kind: str, cache: Path, make_teacher, tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert second == info
     assert (info.folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_two_runs_dequantize_one_file(tiny_gguf: Path, cache: Path) -> None:
+    _, _, first = load(tiny_gguf)
+    written = (first.folder / "model.safetensors").stat().st_mtime_ns
+    convert_gguf(tiny_gguf, first.folder, {})  # of a run that looked before the folder was there
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in (cache / "gguf").iterdir()] == [first.folder.name]
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.999])

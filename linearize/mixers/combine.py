@@ -2,7 +2,8 @@
 
 Legend: H query heads, V value dim. Every combine is a module
 `combine(window: WindowOutput | None, memory [..., H, V] | None, normalizer [..., H] | None) -> [..., H, V]`; the class
-says with `uses_window`, `uses_memory` and `shares_denominator` what it needs.
+says with `uses_window`, `uses_memory` and `shares_denominator` what it needs. One that says `reads_input` is given the
+layer's input as well, `x=[..., hidden]`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Combine(Fp32Part):
     uses_window = True
     uses_memory = True
     shares_denominator = False
+    reads_input = False
 
     def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not say how it combines: define forward().")
@@ -94,6 +96,35 @@ class Learned(Combine):
     def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         assert window is not None and memory is not None
         mixed = self.window[:, None] * window.o.float() + self.memory[:, None] * memory.float()
+        return mixed.to(window.o.dtype)
+
+
+@combines.register("gated")
+class Gated(Combine):
+    """A mix that each token sets, `2 sigmoid(x w) a * window + 2 sigmoid(x w') b * memory` per query head, in fp32.
+
+    A head that finds something far back at one token and attends near at the next weighs its memory accordingly. w and
+    w' start at zero, where this is `learned`.
+
+    Args:
+        window: starting value of a.
+        memory: starting value of b; small, so that the first forward is close to the window's.
+    """
+
+    reads_input = True
+
+    def __init__(self, shape: HeadShape, *, window: float = 1.0, memory: float = 0.1) -> None:
+        super().__init__()
+        self.window = fp32_parameter(shape.heads, value=window)
+        self.memory = fp32_parameter(shape.heads, value=memory)
+        self.weight = fp32_parameter(2 * shape.heads, shape.hidden)
+
+    def forward(
+        self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None, x: Tensor | None = None
+    ) -> Tensor:
+        assert window is not None and memory is not None and x is not None
+        near, far = (2 * F.linear(x.float(), self.weight).sigmoid()).chunk(2, -1)
+        mixed = (near * self.window)[..., None] * window.o.float() + (far * self.memory)[..., None] * memory.float()
         return mixed.to(window.o.dtype)
 
 

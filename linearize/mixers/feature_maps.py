@@ -82,6 +82,19 @@ class HedgehogMap(nn.Module):
         return features.clamp(min=1e-12).to(x.dtype)
 
 
+@feature_maps.register("unit_hedgehog")
+class UnitHedgehogMap(HedgehogMap):
+    """Hedgehog's features divided by their Euclidean norm, which a memory of the delta rule can take.
+
+    Keys as a teacher leaves them share a few large channels; a memory tells them apart only through a learned map.
+    """
+
+    unit = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(super().forward(x).float(), dim=-1, eps=1e-6).to(x.dtype)
+
+
 @feature_maps.register("relu_mlp")
 class ReluMlpMap(nn.Module):
     """`relu(W vec(x) + b)` over all heads at once (SUPRA, arXiv:2405.06640, section 3).

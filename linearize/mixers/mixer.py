@@ -226,7 +226,9 @@ class TokenMixer(nn.Module):
             memory = (memory * F.silu(gate.float())).to(memory.dtype)
         return memory
 
-    def _finish(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+    def _finish(
+        self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None, x: Tensor
+    ) -> Tensor:
         if memory is not None:
             if normalizer is not None and not self.combine.shares_denominator:
                 memory = memory / normalizer.clamp(min=1e-6)[..., None].to(memory.dtype)
@@ -234,7 +236,8 @@ class TokenMixer(nn.Module):
                 memory = F.layer_norm(memory.float(), memory.shape[-1:], eps=GROUP_NORM_EPS).to(memory.dtype)
             elif self.norm is not None:
                 memory = self.norm(memory)
-        mixed: Tensor = self.combine(window, memory, normalizer)
+        given = {"x": x} if self.combine.reads_input else {}
+        mixed: Tensor = self.combine(window, memory, normalizer, **given)
         return mixed
 
     def _sequence(
@@ -273,7 +276,7 @@ class TokenMixer(nn.Module):
             else:
                 memory, normalizer, after = self._memorize(q_memory, stream, context, filled)
             memory = self._read(memory, stream, x)
-        out = self._finish(window, memory, normalizer)
+        out = self._finish(window, memory, normalizer, x)
         if cache is not None:
             self._remember(cache, k, v, stream, after, context)
             if recent is not None:
@@ -518,7 +521,7 @@ class TokenMixer(nn.Module):
                 reach=terrace_reach(length, self.terrace) if self.terrace else None,
             )
         length.add_(1)
-        return self._finish(window, memory, normalizer)
+        return self._finish(window, memory, normalizer, x)
 
 
 def _branches(both: HybridOutput) -> tuple[WindowOutput, Tensor, Tensor | None, Tensors]:

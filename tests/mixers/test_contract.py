@@ -316,7 +316,12 @@ def _t2r(x, p, dim=32, identity=False):
     return torch.stack([(x[:, j] @ p["weight"][j] + p["bias"][j]).clamp(min=0) for j in range(x.shape[1])], 1)
 
 
-FEATURES.update(taylor=_taylor, t2r=_t2r)
+def _unit_hedgehog(x, p, dim=64):
+    both = FEATURES["hedgehog"](x, p)
+    return both / (both * both).sum(-1, keepdim=True).sqrt()
+
+
+FEATURES.update(taylor=_taylor, t2r=_t2r, unit_hedgehog=_unit_hedgehog)
 
 
 def _fixed(x, k, p, first=5.0, last=None, slopes=False):
@@ -356,6 +361,12 @@ def _shared(scores, values, memory, weight, p, shift=True):
     return above / (mass.sum(-1) + scale * weight)[:, None]
 
 
+def _gated(near, far, p):
+    gates = 2 / (1 + (-p["weight"] @ p["x"]).exp())
+    heads = len(near)
+    return (gates[:heads] * p["window"])[:, None] * near + (gates[heads:] * p["memory"])[:, None] * far
+
+
 def _softmax(scores, values):
     return (scores.softmax(-1)[..., None] * values).sum(1)
 
@@ -367,6 +378,7 @@ COMBINES = {
     "learned": lambda scores, values, m, weight, p, window=1.0, memory=0.1: (
         p["window"][:, None] * _softmax(scores, values) + p["memory"][:, None] * m
     ),
+    "gated": lambda scores, values, m, weight, p, window=1.0, memory=0.1: _gated(_softmax(scores, values), m, p),
     "shared_softmax": lambda scores, values, m, weight, p, factor=0.1, memory=None, shift=True: _shared(
         scores, values, m, weight, p, shift
     ),
@@ -512,9 +524,8 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
             )
             scores = scaling * torch.einsum("hd,jhd->hj", window_q[t], window_k)
             seen = window_v.transpose(0, 1)
-        outputs.append(
-            COMBINES[spec["combine"]["name"]](scores, seen, memory, weight, of("combine"), **options(spec["combine"]))
-        )
+        mix = COMBINES[spec["combine"]["name"]]
+        outputs.append(mix(scores, seen, memory, weight, of("combine") | {"x": x[t]}, **options(spec["combine"])))
     out = torch.stack(outputs)
     if spec["output_gate"] is True:
         out = out * (x @ named["output_gate.weight"].T + named["output_gate.bias"]).sigmoid().view_as(out)
@@ -625,6 +636,8 @@ VARIANTS = {
         "conv": {"taps": 3, "inputs": "v", "activation": "silu", "identity": False},
         "output_gate": "silu",
     },
+    "gated": {"memory": "delta", "feature_map": {"name": "unit_hedgehog", "dim": 8}, "combine": "gated"},
+    "gated, disjoint": {"gate": "scalar", "combine": "gated", "overlap": False},
     "delta, alone": {"memory": "delta", "window": None, "combine": "memory_only", "k_map_heads": "query"},
 }
 

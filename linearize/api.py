@@ -547,7 +547,8 @@ def plan_probed(
     plan = make_plan(
         chosen, model.config, model=job.source.name, dtype=job.dtype, stream=job.stream_layers, part=job.layers
     )
-    watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers})
+    windows = chosen.mixer.window.size if recipe.window_budget and chosen.mixer and chosen.mixer.window else None
+    watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers, "windows": windows})
     return replace(job, plan=plan), scores
 
 
@@ -589,6 +590,8 @@ def describe(job: Job, results: dict[str, Any], work: Path, scores: ProbeScores 
     if scores is not None:
         chosen = job.plan.recipe.model_dump(mode="json")
         lock["chosen"] = {"layers": chosen["layers"], "exact_heads": chosen["exact_heads"]}
+        if job.recipe.window_budget is not None:
+            lock["chosen"]["windows"] = chosen["mixer"]["window"]["size"]
         _write_probe(scores, final, chosen["exact_heads"])
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
     write_pages(final, results, records)

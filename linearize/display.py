@@ -91,6 +91,8 @@ class RunDisplay:
         elif kind == "probed":
             heads = " ".join(f"({layer},{head})" for layer, head in event["heads"])
             self.console.print(f"Exact KV heads (layer, head): {heads or 'none'}")
+            if event["windows"] is not None:
+                self.console.print(f"Windows, by layer: {' '.join(map(str, event['windows']))}")
         elif kind == "save":
             self.console.print("Writing the checkpoint and the report")
 

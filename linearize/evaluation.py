@@ -119,7 +119,7 @@ def evaluate_folder(
             "name": names[path],
             "suite": chosen.settings(),
             "texts": [text.row() for text in texts],
-            "window": recipe.mixer.window.size if recipe.mixer and recipe.mixer.window else None,
+            "window": recipe.mixer.window.sizes[-1] if recipe.mixer and recipe.mixer.window else None,
             "trained_length": recipe.data.length,
             "cache": _cache(path),
             "models": [one.row() for one in found],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class ProbeScores:
         samples: what it was scored on: tasks, lengths, samples of each, seed.
         teacher: the teacher's own `log_prob` and `accuracy` on the answers, and `language`, its cross-entropy on prose.
         units: every KV head and every layer.
+        windows: for each size of `mixer.window.size.among`, the divergence (`UnitScore.kl`) of each layer on it.
         seconds: wall time.
     """
 
@@ -68,6 +69,7 @@ class ProbeScores:
     samples: dict[str, Any]
     teacher: dict[str, float]
     units: tuple[UnitScore, ...]
+    windows: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def heads(self) -> list[UnitScore]:
@@ -124,12 +126,18 @@ class ProbeScores:
                 f"{where} scored heads under the window {self.window}, and the recipe's is {window}, where other heads "
                 "may matter. Make it anew with `linearize probe --recipe`, or give the heads as a list."
             )
+        budget = recipe.window_budget
+        if budget is not None and [int(size) for size in self.windows] != budget.among:
+            raise LinearizeError(
+                f"{where} scored layers under windows of {', '.join(self.windows) or 'one size'}, and the recipe lets "
+                f"them choose among {budget.among}. Make it anew with `linearize probe --recipe`."
+            )
 
 
 def probe_window(recipe: Recipe) -> dict[str, int]:
-    """Return the window that stands in for a head: the recipe's, or 64 tokens and 4 sinks where it has none."""
+    """Return the window that stands in for a head: the recipe's smallest, or 64 tokens and 4 sinks without."""
     window = None if recipe.mixer is None else recipe.mixer.window
-    return {"size": 64, "sinks": 4} if window is None else {"size": window.size, "sinks": window.sinks}
+    return {"size": 64, "sinks": 4} if window is None else {"size": window.sizes[0], "sinks": window.sinks}
 
 
 def halo_scores(recall: Sequence[float], language: Sequence[float], cap: float = HALO_CAP) -> list[float]:
@@ -155,6 +163,39 @@ def with_halo(units: Sequence[UnitScore]) -> tuple[UnitScore, ...]:
         ratios = halo_scores([-units[place].recall for place in places], [-units[place].language for place in places])
         filled.update({place: replace(units[place], halo=ratio) for place, ratio in zip(places, ratios, strict=True)})
     return tuple(filled[place] for place in range(len(units)))
+
+
+def choose_windows(scores: dict[int, list[float]], tokens: int, layers: Sequence[int] | None = None) -> list[int]:
+    """Return a window for each layer: the sizes whose divergences add up to little, greedily.
+
+    Every layer begins with the smallest size. The step from there, of one layer to one larger size, that lowers its
+    divergence most for each token more is taken as long as it fits, and so on. A size does no worse than a smaller one:
+    a divergence that says so is noise.
+
+    Args:
+        scores: of each size, from small to large, the layers' divergences.
+        tokens: what the sizes of the chosen layers may add up to.
+        layers: which layers have windows; all by default. Others are given the smallest size.
+    """
+    sizes, count = list(scores), len(next(iter(scores.values())))
+    lowest = [
+        [min(scores[size][layer] for size in sizes[: i + 1]) for i in range(len(sizes))] for layer in range(count)
+    ]
+    chosen = [0] * count
+    layers = range(count) if layers is None else layers
+    left = tokens - sizes[0] * len(layers)
+    while True:
+        steps = [
+            ((lowest[layer][chosen[layer]] - lowest[layer][to]) / (sizes[to] - sizes[chosen[layer]]), layer, to)
+            for layer in layers
+            for to in range(chosen[layer] + 1, len(sizes))
+            if sizes[to] - sizes[chosen[layer]] <= left
+        ]
+        gain, layer, to = max(steps, default=(0.0, 0, 0))
+        if gain <= 0:
+            return [sizes[place] for place in chosen]
+        left -= sizes[to] - sizes[chosen[layer]]
+        chosen[layer] = to
 
 
 def choose_layers(recipe: Recipe, scores: ProbeScores, offered: Sequence[int] | None = None) -> Recipe:

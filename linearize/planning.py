@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, token_bytes
 from linearize.eval.memory import format_bytes
-from linearize.head_scores import ProbeScores, choose_heads, choose_layers
+from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_windows
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import (
     TRAINED_PROJECTIONS,
@@ -26,6 +26,7 @@ from linearize.recipe import (
     Recipe,
     SoftmaxLayers,
     Transfer,
+    WindowBudget,
 )
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
@@ -211,11 +212,53 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     """
     scores.check(config, recipe, recipe.probe.file or "The probe")
     recipe = choose_layers(recipe, scores, family_of(config).convertible(config))
-    return choose_heads(recipe, scores, count_heads(recipe, config, dtype), converted_layers(recipe, config))
+    count, converted = count_heads(recipe, config, dtype), converted_layers(recipe, config)
+    chosen = choose_heads(recipe, scores, count, converted)
+    divergences = {int(size): values for size, values in scores.windows.items()}
+    return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(divergences, tokens, converted))
+
+
+def _fill_windows(
+    recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, choose: Callable[[int], list[int]]
+) -> Recipe:
+    """Return the recipe, its exact heads a list, with windows as large as its budget allows.
+
+    Args:
+        recipe: with or without a budget for windows.
+        config: the teacher's.
+        dtype: of the cache.
+        choose: returns the layers' sizes, which add up to no more than the tokens that it is given.
+
+    Raises:
+        LinearizeError: the smallest windows are beyond the budget.
+    """
+    budget = recipe.window_budget
+    if budget is None:
+        return recipe
+    layers = len(converted_layers(recipe, config))
+    small, large = budget.among[0], budget.among[-1]
+    least, most = (_share_of(recipe.with_windows(size), config, dtype, _pairs(recipe)) for size in (small, large))
+    if least > budget.cache:
+        raise LinearizeError(
+            f"`mixer.window.size.cache` is {budget.cache:.1%} of the teacher's cache at {BUDGET_CONTEXT:,} tokens, and "
+            f"with windows of {small} tokens this recipe's has {least:.1%} already, in "
+            f"{str(dtype).removeprefix('torch.')}. Keep fewer exact heads, or take a larger share."
+        )
+    # The share grows evenly with the sizes, but for layers of which some heads are exact: those have fewer windows.
+    tokens = small * layers
+    if most > least:
+        tokens += int((budget.cache - least) / (most - least) * (large - small) * layers)
+    while True:
+        filled = recipe.with_windows(choose(tokens))
+        if tokens <= small * layers or _share_of(filled, config, dtype, _pairs(recipe)) <= budget.cache:
+            return filled
+        tokens = max(small * layers, tokens - small)
 
 
 def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
-    """Return whether a probe has anything to choose: layers, or some but not all of the heads."""
+    """Return whether a probe has anything to choose: layers, windows, or some but not all of the heads."""
+    if recipe.window_budget is not None:
+        return True
     if not isinstance(recipe.exact_heads, ExactHeads):
         return recipe.probed
     heads = len(converted_layers(recipe, config)) * _groups(config)
@@ -224,13 +267,17 @@ def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype
 
 
 def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:
-    """Return the recipe with as many exact heads as it will have, in places that stand in for those of the probe."""
-    if not isinstance(recipe.exact_heads, ExactHeads):
-        return recipe
-    layers = converted_layers(recipe, config)
-    places = [(layer, head) for head in range(_groups(config)) for layer in layers]
-    chosen = places[: count_heads(recipe, config, dtype)]
-    return recipe.model_copy(update={"exact_heads": chosen, "probe": Probe()})
+    """Return the recipe with as many exact heads as it will have, in places that stand in for those of the probe, and
+    windows of one size in the place of those that a budget allows.
+    """
+    if isinstance(recipe.exact_heads, ExactHeads):
+        layers = converted_layers(recipe, config)
+        places = [(layer, head) for head in range(_groups(config)) for layer in layers]
+        chosen = places[: count_heads(recipe, config, dtype)]
+        recipe = recipe.model_copy(update={"exact_heads": chosen, "probe": Probe()})
+    converted = max(1, len(converted_layers(recipe, config)))
+    count = config.num_hidden_layers
+    return _fill_windows(recipe, config, dtype, lambda tokens: [tokens // converted] * count)
 
 
 def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -386,7 +433,11 @@ def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
             yield LayerPlan(index, "softmax")
             continue
         memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)
-        window, sinks = (mixer.window.size, mixer.window.sinks) if mixer.window else (0, 0)
+        window, sinks = 0, 0
+        if mixer.window is not None:
+            size = mixer.window.size
+            assert not isinstance(size, WindowBudget)  # place_heads has given it a size
+            window, sinks = (size[index] if isinstance(size, list) else size), mixer.window.sinks
         exact = tuple(sorted(head for layer, head in _pairs(recipe) if layer == index))
         if len(exact) == _groups(config):
             window, sinks, memory = 0, 0, ""
@@ -446,7 +497,9 @@ def _stage(
     weights = Weights.of(network, layers_of(network))
     rows = (stage.micro_batch or stage.batch) * length
     passes = steps * -(-stage.batch * length // rows)
-    each = token_bytes(stage, network.config, dtype, next(iter(mixers.values()), None), passes >= PASSES)
+    each = token_bytes(
+        stage, network.config, dtype, max(mixers.values(), key=_window_of, default=None), passes >= PASSES
+    )
     logits = logit_bytes(stage, network.config, dtype, rows)
     copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
     launches = {
@@ -513,7 +566,7 @@ def _cache_bytes(
     for layer, _ in _pairs(recipe):
         exact[layer] = exact.get(layer, 0) + 1
     converted = set(mixers) | set(exact)
-    sizes: dict[int, int] = {}
+    sizes: dict[tuple[int, int], int] = {}
     teacher = student = 0
     for layer in range(config.num_hidden_layers):
         softmax = pair * family.cached_heads(config) * _reach(config, layer, context)
@@ -522,10 +575,20 @@ def _cache_bytes(
             student += softmax
             continue
         kept = exact.get(layer, 0)
-        if kept not in sizes and layer in mixers:
-            sizes[kept] = _mixer_cache_bytes(mixers[layer], config, groups - kept, head_dim, dtype)
-        student += sizes.get(kept, 0) + pair * kept * context
+        mixed = 0
+        if layer in mixers:
+            mixer: Any = mixers[layer]
+            like = kept, mixer.window
+            if like not in sizes:
+                sizes[like] = _mixer_cache_bytes(mixer, config, groups - kept, head_dim, dtype)
+            mixed = sizes[like]
+        student += mixed + pair * kept * context
     return teacher, student
+
+
+def _window_of(mixer: Any) -> int:
+    """Return a mixer's window."""
+    return int(mixer.window)
 
 
 def _reach(config: Any, layer: int, context: int) -> int:

@@ -99,6 +99,9 @@ def run_probe(
     samples = probe_samples(recipe, tokenizer, getattr(model.config, "max_position_embeddings", None), seed)
     window = probe_window(recipe)
     teacher, units = score_units(model, samples, window, progress)
+    budget = recipe.window_budget
+    sizes = [] if budget is None else budget.among
+    windows = {str(size): score_layers(model, samples, {**window, "size": size}) for size in sizes}
     return ProbeScores(
         model=name,
         layers=model.config.num_hidden_layers,
@@ -107,6 +110,7 @@ def run_probe(
         samples=sample_settings(recipe, seed),
         teacher=teacher,
         units=units,
+        windows=windows,
         seconds=round(time.perf_counter() - began, 1),
     )
 
@@ -146,6 +150,32 @@ def score_units(
     return own, with_halo([tallies[unit].unit(*unit, teacher) for unit in units])
 
 
+def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dict[str, int]) -> list[float]:
+    """Return what each layer costs on a window: the divergence on prose, as `UnitScore.kl` has it.
+
+    Args:
+        model: the teacher.
+        samples: see `score_units`.
+        window: `size` and `sinks`.
+
+    Raises:
+        LinearizeError: no sample's filler is prose.
+    """
+    if not any(is_prose for _, is_prose in samples):
+        raise LinearizeError(
+            "Sizes of windows are chosen by the divergence on prose, and the probe's tasks have none; add one to "
+            "probe.tasks, such as multikey_niah."
+        )
+    attention = _Branches(model, window)
+    tallies = [_Tally() for _ in range(attention.layers)]
+    with evaluation_mode(model):
+        for chosen in _batches([pair for pair in samples if pair[1]], 1):
+            batch = _Batch(model, chosen)
+            for layer, tally in enumerate(tallies):
+                batch.add(batch.candidates(attention, layer, [None])[0][0], tally)
+    return [tally.kl for tally in tallies]
+
+
 @dataclass
 class _Tally:
     """Sums of one candidate over the samples."""
@@ -166,6 +196,10 @@ class _Tally:
     def language(self) -> float:
         return self._per_token(0)
 
+    @property
+    def kl(self) -> float:
+        return self._per_token(1)
+
     def _per_token(self, which: int) -> float:
         tokens = sum(entry[2] for entry in self.prose)
         return sum(entry[which] for entry in self.prose) / tokens if tokens else 0.0
@@ -177,7 +211,7 @@ class _Tally:
             head=head,
             recall=teacher.log_prob - self.log_prob,
             accuracy=teacher.accuracy - self.accuracy,
-            kl=self._per_token(1),
+            kl=self.kl,
             transfer=wrong / size,
             language=self.language - teacher.language,
         )

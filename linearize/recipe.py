@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from linearize import yaml_io
 from linearize.errors import LinearizeError, UnknownNameError
@@ -41,15 +41,56 @@ class Part(BaseModel):
         return {"name": value} if isinstance(value, str) else value
 
 
+Size: TypeAlias = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def _share(value: Any) -> Any:
+    """Return 0.1 for `10%`, and anything else as it is."""
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            return float(value[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+Share: TypeAlias = Annotated[float, BeforeValidator(_share), Field(gt=0, lt=1)]
+
+
+class WindowBudget(Strict):
+    """Windows of another size in each layer, as large as a cache budget allows, where the probe finds that it matters.
+
+    Every layer begins with the smallest size; then, again and again, the layer and the larger size that lower the
+    divergence from the teacher most, by what they cost, as the probe measures it for one layer at a time.
+
+    Args:
+        cache: the largest share of the teacher's bf16 KV cache that the whole cache may have at 8,192 tokens of one
+            row, in the run's dtype; `10%` or 0.1. An `exact_heads.cache` below it is what the whole cache may have
+            with the smallest windows, so that the heads come first.
+        among: the sizes.
+    """
+
+    cache: Share
+    among: list[Size] = Field([64, 128, 256, 512], min_length=2)
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.among != sorted(set(self.among)):
+            raise ValueError(f"`among` must name sizes from small to large, each once, got {self.among}")
+        return self
+
+
 class Window(Strict):
     """A causal softmax window of `size` tokens (its own included) and the first `sinks` tokens of a document.
 
     Args:
+        size: of every layer's; or a list with one size for each layer of the model; or `{cache: 5%}`, by which a probe
+            chooses them.
         kind: `sliding`, or `terrace`: blocks of `size` tokens, of which a token sees its own up to itself and the one
             before (LoLCATs as it trains). A terrace has no sinks.
     """
 
-    size: int = Field(64, ge=1, le=2**20)
+    size: Size | Annotated[list[Size], Field(min_length=1)] | WindowBudget = 64
     sinks: int = Field(0, ge=0, le=2**12)
     kind: Literal["sliding", "terrace"] = "sliding"
 
@@ -58,6 +99,13 @@ class Window(Strict):
         if self.kind == "terrace" and self.sinks:
             raise ValueError("`kind: terrace` has no sinks; set `sinks: 0`, or `kind: sliding`")
         return self
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes that layers have or may have, from small to large."""
+        if isinstance(self.size, WindowBudget):
+            return self.size.among
+        return sorted(set(self.size)) if isinstance(self.size, list) else [self.size]
 
 
 class Conv(Strict):
@@ -381,18 +429,8 @@ class ExactHeads(Strict):
     """
 
     keep: int | None = Field(None, ge=1)
-    cache: float | None = Field(None, gt=0, lt=1)
+    cache: Share | None = None
     by: Measure = "recall"
-
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _percent(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.endswith("%"):
-            try:
-                return float(value[:-1]) / 100
-            except ValueError:
-                return value
-        return value
 
 
 class Probe(Strict):
@@ -400,7 +438,8 @@ class Probe(Strict):
 
     Args:
         tasks: recall tasks (`linearize.eval.recall`).
-        lengths: tokens of a sample; 2, 4 and 8 windows (256 at least) by default, up to `data.length`.
+        lengths: tokens of a sample; 2, 4 and 8 windows (256 at least) by default, up to `data.length`. Of several sizes
+            of windows the smallest counts, under which heads are scored.
         samples: of each task and length.
         file: a probe.json of `linearize probe`; scored anew without it.
     """
@@ -614,9 +653,21 @@ class Recipe(Strict):
 
     @property
     def probed(self) -> bool:
-        """Whether layers or heads are still to be chosen by the probe."""
+        """Whether layers, heads or sizes of windows are still to be chosen by the probe."""
         by_layer = isinstance(self.layers, SoftmaxLayers) and self.layers.by is not None
-        return by_layer or isinstance(self.exact_heads, ExactHeads)
+        return by_layer or isinstance(self.exact_heads, ExactHeads) or self.window_budget is not None
+
+    @property
+    def window_budget(self) -> WindowBudget | None:
+        """What sizes of windows are still to be chosen by, if they are."""
+        size = None if self.mixer is None or self.mixer.window is None else self.mixer.window.size
+        return size if isinstance(size, WindowBudget) else None
+
+    def with_windows(self, size: int | list[int]) -> Recipe:
+        """Return the recipe with these sizes of windows."""
+        assert self.mixer is not None and self.mixer.window is not None
+        window = self.mixer.window.model_copy(update={"size": size})
+        return self.model_copy(update={"mixer": self.mixer.model_copy(update={"window": window})})
 
     def converted_layers(self, count: int) -> list[int]:
         """Return which layers are converted in a model of `count` layers; evenly spread while a probe is to choose.

@@ -172,6 +172,9 @@ def convert(
     for layer in chosen:
         if not 0 <= layer < count:
             raise LinearizeError(f"`layers` names layer {layer}; the model has layers 0 to {count - 1}.")
+    sizes = (mixer.get("window") or {}).get("size")
+    if isinstance(sizes, list) and len(sizes) != count:
+        raise LinearizeError(f"`mixer.window.size` names {len(sizes)} sizes; the model has {count} layers.")
     exact: dict[int, list[int]] = {}
     for layer, head in exact_heads or []:
         if layer not in chosen:

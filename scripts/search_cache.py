@@ -1,6 +1,6 @@
 """What a cache budget buys without training: windows and exact KV heads against each other, on one model.
 
-    python scripts/search_cache.py --model smollm2-135m --texts dev.jsonl wikitext2 --pairs 64:0 128:7 256:4 --output grid.csv
+    python scripts/search_cache.py --model smollm2-135m --texts dev.jsonl wikitext2 --pairs 64:0 128:7 --output g.csv
 
 Each pair is WINDOW:HEADS, the heads those that the probe of that window ranks first. A row says the cache's share at
 8,192 tokens (bf16, no memory), perplexity of each text, divergence from the teacher and recall; the first row is the

@@ -14,11 +14,19 @@ from linearize.errors import LinearizeError
 from linearize.eval.recall import Sample, score
 from linearize.evaluation import evaluate_folder
 from linearize.generation import generate_text
-from linearize.head_scores import ProbeScores, UnitScore, choose_heads, choose_layers, halo_scores, with_halo
+from linearize.head_scores import (
+    ProbeScores,
+    UnitScore,
+    choose_heads,
+    choose_layers,
+    choose_windows,
+    halo_scores,
+    with_halo,
+)
 from linearize.mixers.exact import ExactAttention
 from linearize.mixers.mixer import TokenMixer
-from linearize.planning import resolve_heads
-from linearize.probe import probe_lengths, run_probe, score_units
+from linearize.planning import make_plan, resolve_heads
+from linearize.probe import probe_lengths, run_probe, score_layers, score_units
 from linearize.recipe import Recipe
 from linearize.registry import families
 from linearize.surgery import convert
@@ -188,6 +196,55 @@ def test_a_choice_is_among_the_layers_that_the_family_converts(tiny_config):
     assert chosen.layers == "all" and chosen.exact_heads == [(3, 0)]
 
 
+def test_windows_go_where_they_matter():
+    """Layer 0 needs nothing, layer 1 a little more, layer 2 the most; layer 3 says that 32 is worse than 16: noise."""
+    scores = {16: [0.1, 1.0, 4.0, 0.5], 32: [0.1, 0.2, 3.0, 0.6], 64: [0.1, 0.2, 0.0, 0.4]}
+    assert choose_windows(scores, 64) == [16, 16, 16, 16]
+    assert choose_windows(scores, 100) == [16, 32, 32, 16]  # 64 for layer 2 would be 48 more than there is
+    assert choose_windows(scores, 127) == [16, 16, 64, 16]
+    assert choose_windows(scores, 128) == [16, 32, 64, 16]
+    assert choose_windows(scores, 10_000) == [16, 32, 64, 64]
+    assert choose_windows(scores, 48, [0, 1]) == [16, 32, 16, 16]
+
+
+def test_a_budget_is_kept_and_more_heads_leave_shorter_windows(tiny_config):
+    config = tiny_config("llama", num_hidden_layers=3, max_position_embeddings=8192)
+    sizes = {"cache": 0.1, "among": [16, 64, 256, 1024]}
+    spec = {"mixer": {"window": {"size": sizes, "sinks": 4}, "combine": "window_only"}}
+    scores = replace(made([[0.0, 1.0]] * 3), window={"size": 16, "sinks": 4})
+    scores = replace(scores, windows={str(n): [1 / n, 3 / n, 2 / n] for n in sizes["among"]})
+
+    def chosen(heads: object) -> tuple[list[int], float]:
+        recipe = Recipe.parse({"name": "r", **spec, "exact_heads": heads}, "r")
+        assert recipe.probed
+        resolved = resolve_heads(recipe, scores, config, torch.bfloat16)
+        made_plan = make_plan(resolved, config, dtype=torch.bfloat16)
+        assert [layer.window for layer in made_plan.layers] == resolved.mixer.window.size
+        return resolved.mixer.window.size, made_plan.cache_share
+
+    uniform = make_plan(Recipe.parse({"name": "r", **spec}, "r"), config, dtype=torch.bfloat16)
+    assert uniform.recipe.probed and uniform.cache_share == pytest.approx(0.1, abs=2e-3)
+    long, share = chosen([])
+    assert 0.06 < share <= 0.1 and long[1] == max(long) > min(long)
+    with pytest.raises(LinearizeError, match=r"windows of 16 tokens .* has 16\.9% already"):
+        chosen({"keep": 1})
+    sizes["cache"] = 0.2
+    short, share = chosen({"keep": 1})
+    assert share <= 0.2 and sum(short) < sum(chosen([])[0])
+    sizes["among"] = [16, 64]
+    with pytest.raises(LinearizeError, match="scored layers under windows of 16, 64"):
+        chosen([])
+
+
+def test_divergences_of_layers_are_those_of_whole_units(random_teacher, byte_tokenizer):
+    model = random_teacher("llama", (4, 2), 16)
+    samples = [(hidden({3: 41}), True), (hidden({5: 44}), False)]
+    _, units = score_units(model, samples, WINDOW)
+    assert score_layers(model, samples, WINDOW) == pytest.approx([u.kl for u in units if u.head is None], rel=1e-4)
+    with pytest.raises(LinearizeError, match="the divergence on prose"):
+        score_layers(model, samples[1:], WINDOW)
+
+
 def test_halo_is_recall_over_language():
     assert halo_scores([0.5, 0.1, 0.4], [0.9, 0.7, 0.8]) == pytest.approx([0.0, 2.0, 1.0])
     assert halo_scores([0.5, 0.1], [0.6, 0.9]) == pytest.approx([0.0, 50.0])  # recall lost, no language: the cap
@@ -257,6 +314,26 @@ def test_untrained_with_probed_heads_from_end_to_end(teacher, tmp_path, monkeypa
     assert "untrained" in (out / "README.md").read_text() and "<table" in (out / "report.html").read_text()
     monkeypatch.setattr(api, "run_probe", None)
     assert linearize(teacher, "untrained", tmp_path / "out", **settings).finished_before
+
+
+def test_windows_by_layer_from_end_to_end(teacher, tmp_path):
+    events = []
+    window = "mixer.window.size={cache: 40%, among: [24, 64, 256]}"
+    settings = {"overrides": [*SMALL[:-1], window, "exact_heads=[[1, 0]]", "probe.tasks=[multikey_niah]"]}
+    out = linearize(teacher, "untrained", tmp_path / "out", watch=events.append, **settings).output
+    (sizes,) = [event["windows"] for event in events if event["event"] == "probed"]
+    lock = yaml.safe_load((out / "recipe.lock.yaml").read_text())
+    assert lock["chosen"]["windows"] == sizes and set(sizes) <= {24, 64, 256}
+    model = load(out)
+    found = [layer.self_attn.mixer.window for layer in model.model.layers]
+    assert found == sizes and model.config.linearize["mixer"]["window"]["size"] == sizes
+    with torch.no_grad():
+        ids = torch.arange(80)[None] % 60
+        full = model(ids).logits[:, -1]
+        cache = model(ids[:, :70], use_cache=True).past_key_values
+        for place in range(70, 80):
+            stepped = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
 
 
 def test_an_interrupted_run_does_not_probe_again(teacher, tmp_path, monkeypatch):

@@ -82,10 +82,11 @@ class TokenMixer(nn.Module):
         self.overlap = bool(spec["overlap"])
         self.combine: Any = _build(combines, spec["combine"], shape)
         window = spec["window"] if self.combine.uses_window else None
-        self.window = 0 if window is None else min(window["size"], max_window or window["size"])
+        size = 0 if window is None else _own_size(window["size"], shape.layer)
+        self.window = min(size, max_window or size)
         self.terrace = 0  # tokens of a block
         if window is not None and window.get("kind", "sliding") == "terrace":
-            self.terrace = max(1, min(window["size"], (max_window or 2 * window["size"]) // 2))
+            self.terrace = max(1, min(size, (max_window or 2 * size) // 2))
             self.window = 2 * self.terrace
         self.sinks = 0 if window is None else window["sinks"]
         self.groups = shape.groups
@@ -540,6 +541,13 @@ def _for_one_token(rotate: Rotate) -> Rotate:
         return q[:, 0], k[:, 0]
 
     return one
+
+
+def _own_size(size: int | list[int] | dict[str, Any], layer: int) -> int:
+    """A layer's window; of sizes that are still to be chosen, the smallest."""
+    if isinstance(size, dict):
+        return int(size["among"][0])
+    return size[layer] if isinstance(size, list) else size
 
 
 def _rest(shape: HeadShape) -> tuple[int, int, int, int]:

@@ -30,7 +30,7 @@ from linearize.mixers.context import SequenceContext
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import Mixer, Part, Recipe, Window
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 32768}
 PROSE_PLACES = 48  # tokens of a sample at which language is measured
 QUESTION = 64  # tokens between the last fact and the answer, so that no window reaches from one to the other
 
@@ -133,7 +133,7 @@ def score_units(
     units = [(layer, head) for layer in range(attention.layers) for head in (*range(attention.groups), None)]
     tallies = {unit: _Tally() for unit in units}
     teacher = _Tally()
-    pending = list(_batches(samples, attention.groups + 1))
+    pending = list(_batches(samples, _room(model, attention.groups + 1)))
     with evaluation_mode(model):
         for turn, chosen in enumerate(pending):
             batch = _Batch(model, chosen)
@@ -169,7 +169,7 @@ def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dic
     attention = _Branches(model, window)
     tallies = [_Tally() for _ in range(attention.layers)]
     with evaluation_mode(model):
-        for chosen in _batches([pair for pair in samples if pair[1]], 1):
+        for chosen in _batches([pair for pair in samples if pair[1]], _room(model, 1)):
             batch = _Batch(model, chosen)
             for layer, tally in enumerate(tallies):
                 batch.add(batch.candidates(attention, layer, [None])[0][0], tally)
@@ -339,12 +339,17 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def _batches(samples: Sequence[tuple[Sample, bool]], candidates: int) -> Iterator[list[tuple[Sample, bool]]]:
-    """Yield samples of one length, as many as leave all candidates of a layer room in a batch."""
+def _room(model: nn.Module, candidates: int) -> int:
+    """Return how many tokens of samples leave all candidates of a layer room in a batch."""
+    return TOKENS_PER_BATCH.get(next(model.parameters()).device.type, 8192) // candidates
+
+
+def _batches(samples: Sequence[tuple[Sample, bool]], tokens: int) -> Iterator[list[tuple[Sample, bool]]]:
+    """Yield samples of one length, as many as have so many tokens."""
     lengths = sorted({len(sample.prompt_ids) + len(sample.answer_ids) for sample, _ in samples})
     for length in lengths:
         same = [pair for pair in samples if len(pair[0].prompt_ids) + len(pair[0].answer_ids) == length]
-        size = max(1, TOKENS_PER_BATCH // (candidates * length))
+        size = max(1, tokens // length)
         for indices in batches([sample for sample, _ in same], size):
             yield [same[index] for index in indices]
 

@@ -215,6 +215,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(given.model, device, dtype, given.layers)
     if given.compile:
+        torch._dynamo.config.recompile_limit = 256  # a layer knows its index: each is compiled, teacher's and student's
+        torch._dynamo.config.accumulated_recompile_limit = 1024
         for layer in layers_of(model):
             layer.compile()
     rows = measure(model, Recipe.from_yaml(given.recipe), given)

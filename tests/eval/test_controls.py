@@ -104,6 +104,6 @@ def test_only_controls_that_change_something_apply(random_teacher, make_mixer) -
 def test_a_control_that_reaches_nothing_is_an_error(random_teacher, make_mixer) -> None:
     model = student(random_teacher, make_mixer, **MIXES["average"])
     for layer in model.model.layers:
-        layer.self_attn.mixer._finish = lambda window, memory, normalizer: window.o
+        layer.self_attn.mixer._finish = lambda window, memory, normalizer, x: window.o
     with pytest.raises(LinearizeError, match="changed nothing"), memory_silenced(model):
         logits(model)

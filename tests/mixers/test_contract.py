@@ -439,6 +439,7 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
 
     (length, heads), groups = plain[0].shape[:2], v.shape[1]
     size, sinks = (spec["window"]["size"], spec["window"]["sinks"]) if spec["window"] else (0, 0)
+    size = size["among"][0] if isinstance(size, dict) else size  # what a probe has not chosen yet begins there
     terrace = bool(spec["window"]) and spec["window"]["kind"] == "terrace"
     delay = 0 if spec["overlap"] else size
     has_memory = spec["combine"]["name"] != "window_only"

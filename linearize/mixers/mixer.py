@@ -237,7 +237,7 @@ class TokenMixer(nn.Module):
                 memory = F.layer_norm(memory.float(), memory.shape[-1:], eps=GROUP_NORM_EPS).to(memory.dtype)
             elif self.norm is not None:
                 memory = self.norm(memory)
-        given = {"x": x} if self.combine.reads_input else {}
+        given = {"x": x} if getattr(self.combine, "reads_input", False) else {}
         mixed: Tensor = self.combine(window, memory, normalizer, **given)
         return mixed
 

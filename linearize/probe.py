@@ -100,8 +100,10 @@ def run_probe(
     window = probe_window(recipe)
     teacher, units = score_units(model, samples, window, progress)
     budget = recipe.window_budget
-    sizes = [] if budget is None else budget.among
-    windows = {str(size): score_layers(model, samples, {**window, "size": size}) for size in sizes}
+    windows: dict[str, list[float]] = {}
+    if budget is not None:  # at the smallest size, the heads' own, whole layers are scored already
+        windows[str(window["size"])] = [unit.kl for unit in units if unit.head is None]
+        windows |= {str(size): score_layers(model, samples, {**window, "size": size}) for size in budget.among[1:]}
     return ProbeScores(
         model=name,
         layers=model.config.num_hidden_layers,

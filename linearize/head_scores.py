@@ -14,7 +14,7 @@ from typing import Any
 
 from linearize.checkpoint import replace_text
 from linearize.errors import LinearizeError
-from linearize.recipe import ExactHeads, Measure, Probe, Recipe, SoftmaxLayers
+from linearize.recipe import ExactHeads, HeadMeasure, Measure, Probe, Recipe, SoftmaxLayers
 from linearize.registry import families
 
 FILE = "probe.json"
@@ -58,6 +58,7 @@ class ProbeScores:
         samples: what it was scored on: tasks, lengths, samples of each, seed.
         teacher: the teacher's own `log_prob` and `accuracy` on the answers, and `language`, its cross-entropy on prose.
         units: every KV head and every layer.
+        joint: heads in the order of what they are worth together, the first the last to be given up; none unless asked.
         windows: for each size of `mixer.window.size.among`, the divergence (`UnitScore.kl`) of each layer on it.
         seconds: wall time.
     """
@@ -69,6 +70,7 @@ class ProbeScores:
     samples: dict[str, Any]
     teacher: dict[str, float]
     units: tuple[UnitScore, ...]
+    joint: tuple[tuple[int, int], ...] = ()
     windows: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -76,8 +78,10 @@ class ProbeScores:
         """Return the KV heads' scores, by layer and head."""
         return [unit for unit in self.units if unit.head is not None]
 
-    def rank_heads(self, by: Measure) -> list[tuple[int, int]]:
+    def rank_heads(self, by: HeadMeasure) -> list[tuple[int, int]]:
         """Return (layer, KV head) of every head, the one that is worst to lose first."""
+        if by == "joint":  # behind the heads that were tried together, the others by their recall
+            return [*self.joint, *(pair for pair in self.rank_heads("recall") if pair not in self.joint)]
         ranked = sorted(self.heads(), key=lambda unit: -float(getattr(unit, by)))
         return [(unit.layer, unit.head) for unit in ranked if unit.head is not None]
 
@@ -100,7 +104,8 @@ class ProbeScores:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             units = tuple(UnitScore(**unit) for unit in content.pop("units"))
-            return cls(units=units, **content)
+            joint = tuple((layer, head) for layer, head in content.pop("joint"))
+            return cls(units=units, joint=joint, **content)
         except OSError as error:
             raise LinearizeError(
                 f"The probe's file {path} cannot be read: {error.strerror}. `linearize probe` writes one."
@@ -125,6 +130,11 @@ class ProbeScores:
             raise LinearizeError(
                 f"{where} scored heads under the window {self.window}, and the recipe's is {window}, where other heads "
                 "may matter. Make it anew with `linearize probe --recipe`, or give the heads as a list."
+            )
+        if isinstance(recipe.exact_heads, ExactHeads) and recipe.exact_heads.by == "joint" and not self.joint:
+            raise LinearizeError(
+                f"{where} scored heads one at a time, and the recipe chooses them by `joint`. Make it anew with "
+                "`linearize probe --recipe`."
             )
         budget = recipe.window_budget
         if budget is not None and [int(size) for size in self.windows] != budget.among:

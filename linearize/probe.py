@@ -6,6 +6,10 @@ input: the teacher runs once and its hidden states are kept, a layer's exact and
 and the candidates run as one batch through the layers above. So the whole costs about half of (heads + layers) forward
 passes.
 
+Heads that stand in for one another are worth nothing one at a time. So `joint` begins with the heads worst to lose
+alone, everything else on the window, and gives them up again, least loss first (backward elimination); the others run
+as before, from that student and not from the teacher.
+
 Legend: B samples, T tokens, H query heads, G KV heads, D hidden size, C candidates of a layer, P places with logits,
 V vocabulary.
 """
@@ -28,11 +32,13 @@ from linearize.head_scores import ProbeScores, UnitScore, probe_window, with_hal
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext
 from linearize.modeling.classes import family_of, layers_of
-from linearize.recipe import Mixer, Part, Recipe, Window
+from linearize.recipe import ExactHeads, Mixer, Part, Recipe, Window
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 32768}
 PROSE_PLACES = 48  # tokens of a sample at which language is measured
 QUESTION = 64  # tokens between the last fact and the answer, so that no window reaches from one to the other
+TOGETHER = 5  # `joint` tries one head in so many, those whose recall is worst to lose
+STEP = 8  # and gives up one in so many of what is left at a time, at least one
 
 Progress = Callable[[int, int], None]
 
@@ -99,6 +105,12 @@ def run_probe(
     samples = probe_samples(recipe, tokenizer, getattr(model.config, "max_position_embeddings", None), seed)
     window = probe_window(recipe)
     teacher, units = score_units(model, samples, window, progress)
+    joint: tuple[tuple[int, int], ...] = ()
+    if isinstance(recipe.exact_heads, ExactHeads) and recipe.exact_heads.by == "joint":
+        ranked = sorted((unit for unit in units if unit.head is not None), key=lambda unit: -unit.recall)
+        heads = [(unit.layer, unit.head) for unit in ranked[: max(1, len(ranked) // TOGETHER)] if unit.head is not None]
+        half = max(probe_lengths(recipe)) // 2
+        joint = rank_together(model, [pair for pair in samples if len(pair[0].prompt_ids) > half], window, heads)
     budget = recipe.window_budget
     windows: dict[str, list[float]] = {}
     if budget is not None:  # at the smallest size, the heads' own, whole layers are scored already
@@ -112,6 +124,7 @@ def run_probe(
         samples=sample_settings(recipe, seed),
         teacher=teacher,
         units=units,
+        joint=joint,
         windows=windows,
         seconds=round(time.perf_counter() - began, 1),
     )
@@ -142,7 +155,7 @@ def score_units(
             batch.add(batch.teacher_logits, teacher)
             for layer in range(attention.layers):
                 for heads in _chunks([*range(attention.groups), None], batch.rows):
-                    logits, errors = batch.candidates(attention, layer, heads)
+                    logits, errors = batch.candidates(attention, layer, [attention.without(head) for head in heads])
                     for head, made, error in zip(heads, logits, errors, strict=True):
                         tallies[layer, head].errors.append(error)
                         batch.add(made, tallies[layer, head])
@@ -174,8 +187,46 @@ def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dic
         for chosen in _batches([pair for pair in samples if pair[1]], _room(model, 1)):
             batch = _Batch(model, chosen)
             for layer, tally in enumerate(tallies):
-                batch.add(batch.candidates(attention, layer, [None])[0][0], tally)
+                batch.add(batch.candidates(attention, layer, [frozenset()])[0][0], tally)
     return [tally.kl for tally in tallies]
+
+
+def rank_together(
+    model: Any, samples: Sequence[tuple[Sample, bool]], window: dict[str, int], heads: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Order KV heads by what they are worth together: backward elimination from a student that has no other exact head.
+
+    Args:
+        model: the teacher.
+        samples: see `score_units`.
+        window: `size` and `sinks` of every other head.
+        heads: (layer, KV head) to begin with.
+
+    Returns:
+        The same heads; the last to be given up, the one without which recall is lost, comes first.
+    """
+    attention, kept = _Branches(model, window), list(heads)
+    given_up: list[tuple[int, int]] = []
+    pending = list(_batches(samples, _room(model, attention.groups)))
+    with evaluation_mode(model):
+        while kept:
+            tallies = {pair: _Tally() for pair in kept}
+            exact = [frozenset(head for at, head in kept if at == layer) for layer in range(attention.layers)]
+            for chosen in pending:
+                with attention.student(model, exact):
+                    batch = _Batch(model, chosen)
+                    for layer, heads_here in enumerate(exact):
+                        if not heads_here:
+                            continue
+                        without = [heads_here - {head} for head in sorted(heads_here)]
+                        logits, _ = batch.candidates(attention, layer, without)
+                        for head, made in zip(sorted(heads_here), logits, strict=True):
+                            batch.add(made, tallies[layer, head])
+            kept.sort(key=lambda pair: -tallies[pair].log_prob)  # the head that is missed least comes first
+            count = max(1, len(kept) // STEP)
+            given_up += kept[:count]
+            kept = kept[count:]
+    return tuple(reversed(given_up))
 
 
 @dataclass
@@ -237,12 +288,28 @@ class _Branches:
             LinearizedAttention(module, family, config, index, spec, 0) for index, module in enumerate(attention)
         ]
 
+    def without(self, unit: int | None) -> frozenset[int]:
+        """Return the KV heads that stay exact where a head, or the whole layer, does not."""
+        return frozenset() if unit is None else frozenset(range(self.groups)) - {unit}
+
+    @contextlib.contextmanager
+    def student(self, model: Any, exact: Sequence[frozenset[int]]) -> Iterator[None]:
+        """Let the model have these exact KV heads in each layer, all others on the window, while the context lasts."""
+        family, decoder = family_of(model.config), model.get_decoder()
+        with contextlib.ExitStack() as stack:
+            for layer, heads in enumerate(exact):
+                stand_in = _Candidates(self.exact[layer], self.windowed[layer], [heads])
+                stack.enter_context(_forward_of(family.module(decoder, layer), stand_in.forward))
+            yield
+
 
 class _Candidates:
-    """Stands in for a layer's attention: of C copies of B rows, copy c has the c-th unit's heads on the window."""
+    """Stands in for a layer's attention: of C copies of B rows, copy c has the c-th set of KV heads exact."""
 
-    def __init__(self, exact: LinearizedAttention, windowed: LinearizedAttention, units: Sequence[int | None]) -> None:
-        self.exact, self.windowed, self.units = exact, windowed, units
+    def __init__(
+        self, exact: LinearizedAttention, windowed: LinearizedAttention, sets: Sequence[frozenset[int]]
+    ) -> None:
+        self.exact, self.windowed, self.sets = exact, windowed, sets
         self.errors: list[tuple[float, float]] = []
 
     def forward(
@@ -253,16 +320,17 @@ class _Candidates:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Return the candidates' outputs [C * B, T, D]; their squared errors and the target's square in `errors`."""
-        x = hidden_states[: hidden_states.shape[0] // len(self.units)]
+        x = hidden_states[: hidden_states.shape[0] // len(self.sets)]
         positions = None
         if position_embeddings is not None:
             positions = (position_embeddings[0][: x.shape[0]], position_embeddings[1][: x.shape[0]])
         kept = self.exact.heads(x, positions, SequenceContext())
         given = self.windowed.heads(x, positions, SequenceContext())
-        group = torch.arange(kept.shape[2], device=x.device)[:, None] // self.exact.repeat
-        mixed = [given if unit is None else torch.where(group == unit, given, kept) for unit in self.units]
+        groups = [head // self.exact.repeat for head in range(kept.shape[2])]
+        masks = torch.tensor([[group in heads for group in groups] for heads in self.sets], device=x.device)
+        mixed = [torch.where(mask[:, None], kept, given) for mask in masks]
         out: Tensor = self.exact.family.output(self.exact, torch.cat([kept, *mixed]))
-        target, *made = out.float().chunk(len(self.units) + 1)
+        target, *made = out.float().chunk(len(self.sets) + 1)
         size = float(target.square().sum())
         self.errors = [(float((one - target).square().sum()), size) for one in made]
         return self.exact.family.finish(self.exact, out[x.shape[0] :], hidden_states), None
@@ -302,17 +370,17 @@ class _Batch:
         return out.float().view(copies, self.rows, *out.shape[1:])
 
     def candidates(
-        self, attention: _Branches, layer: int, heads: Sequence[int | None]
+        self, attention: _Branches, layer: int, sets: Sequence[frozenset[int]]
     ) -> tuple[Tensor, list[tuple[float, float]]]:
-        """Return the candidates' logits [C, B, P, V] and their errors at the layer itself."""
+        """Return the logits [C, B, P, V] with each set of KV heads of a layer exact, and their errors at the layer."""
         layers, family = layers_of(self.model), family_of(self.model.config)
-        stand_in = _Candidates(attention.exact[layer], attention.windowed[layer], heads)
-        states = self.inputs[layer].repeat(len(heads), 1, 1)
+        stand_in = _Candidates(attention.exact[layer], attention.windowed[layer], sets)
+        states = self.inputs[layer].repeat(len(sets), 1, 1)
         with contextlib.ExitStack() as stack:
             for below in layers[:layer]:  # their result is known: pass it on
                 stack.enter_context(_forward_of(below, lambda *args, **kwargs: family.layer_output(states)))
             stack.enter_context(_forward_of(family.module(self.decoder, layer), stand_in.forward))
-            return self._logits(len(heads)), stand_in.errors
+            return self._logits(len(sets)), stand_in.errors
 
     def add(self, logits: Tensor, tally: _Tally) -> None:
         """Add one candidate's logits [B, P, V]."""

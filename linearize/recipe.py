@@ -393,6 +393,7 @@ AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill | Preference, Fiel
 
 # What the probe measures where a layer or a KV head gives up exact softmax (`linearize.probe`).
 Measure: TypeAlias = Literal["recall", "kl", "transfer", "halo"]
+HeadMeasure: TypeAlias = Measure | Literal["joint"]
 
 
 class SoftmaxLayers(Strict):
@@ -425,12 +426,14 @@ class ExactHeads(Strict):
         cache: as many as fit: the largest share of the teacher's bf16 KV cache that the whole cache may have at 8,192
             tokens of one row, in the run's dtype; `10%` or 0.1.
         by: what a head is chosen by (`linearize.probe`): the drop of the answer's log-probability on recall samples,
-            the divergence from the teacher, the error of the layer's output, or HALO's ratio of recall to language.
+            the divergence from the teacher, the error of the layer's output, HALO's ratio of recall to language, or
+            `joint`: the same drop of recall where many heads give up softmax at once, so that heads which stand in for
+            one another count.
     """
 
     keep: int | None = Field(None, ge=1)
     cache: Share | None = None
-    by: Measure = "recall"
+    by: HeadMeasure = "recall"
 
 
 class Probe(Strict):
@@ -461,6 +464,9 @@ class Data(Strict):
         length: tokens a row.
         held_out: rows kept for evaluation.
         streaming: read the source row by row instead of all at once.
+        repeat_passages: share of the training rows in which passages of the text come a second time
+            (`linearize.data.packing.repeat_passages`), so that what copies from far back is trained; text alone hardly
+            asks for it.
     """
 
     source: str | list[str] = "builtin"
@@ -470,6 +476,7 @@ class Data(Strict):
     length: int = Field(1024, ge=8)
     held_out: int = Field(32, ge=1)
     streaming: bool = False
+    repeat_passages: float = Field(0.0, ge=0, le=1)
 
 
 class Quick(Strict):
@@ -816,7 +823,8 @@ class Recipe(Strict):
     def with_quick(self) -> Recipe:
         """Return a copy cut down to the sizes of its `quick` section, on builtin data: minutes on a CPU."""
         tree = _tree(self)
-        tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
+        passages = self.data.repeat_passages
+        tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out, repeat_passages=passages))
         for stage in tree["stages"]:
             stage["batch"], stage["micro_batch"] = self.quick.batch, 1
             if stage["stage"] == "preference":

@@ -1,17 +1,19 @@
 """What a cache budget buys without training: windows and exact KV heads against each other, on one model.
 
     python scripts/search_cache.py --model smollm2-135m --texts dev.jsonl wikitext2 --pairs 64:0 128:7 --output g.csv
+    python scripts/search_cache.py ... --by joint --pairs 10%:4 10%:7 --output g.csv
 
-Each pair is WINDOW:HEADS, the heads those that the probe of that window ranks first. A row says the cache's share at
-8,192 tokens (bf16, no memory), perplexity of each text, divergence from the teacher and recall; the first row is the
-teacher. Heads are kept in `probe-WINDOW.json` beside the output.
+Each pair is WINDOW:HEADS, the heads those that the probe of that window ranks first. A window of 10% stands for
+windows by layer, as large as a tenth of the teacher's cache allows behind the heads. A row says the cache's share at
+8,192 tokens in the run's dtype, perplexity of each text, divergence from the teacher and recall; the first row is the
+teacher. Scores are kept in `probe-WINDOW.json` beside the output, that of windows by layer in `probe-by-layer.json`,
+and read from there by a later search.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,26 @@ from linearize.eval.quality import TeacherReference, evaluate
 from linearize.eval.recall import RecallTask, make_samples, score
 from linearize.eval.text import evaluation_text
 from linearize.head_scores import ProbeScores
+from linearize.planning import leaves_a_choice, make_plan, resolve_heads
 from linearize.probe import run_probe
 from linearize.recipe import Recipe
 from linearize.surgery import convert
 from linearize.teacher import load_teacher, resolve
 
-CONTEXT = 8192
+AMONG = [64, 128, 256, 512]
 
 
-def untrained(window: int, probe: dict[str, Any]) -> Recipe:
-    """Return a recipe of a window alone."""
-    mixer = {"window": {"size": window, "sinks": 4}, "combine": "window_only"}
-    return Recipe(name="search", mixer=mixer, exact_heads={"keep": 1}, probe=probe, data={"length": 2048})  # type: ignore[arg-type]
+def untrained(window: str, heads: int, by: str, probe: dict[str, Any]) -> Recipe:
+    """Return a recipe of a window, or of windows by layer within a share of the cache, and so many exact heads."""
+    size = {"cache": window, "among": AMONG} if window.endswith("%") else int(window)
+    content = {
+        "name": "search",
+        "mixer": {"window": {"size": size, "sinks": 4}, "combine": "window_only"},
+        "exact_heads": {"keep": heads, "by": by} if heads else [],
+        "probe": probe,
+        "data": {"length": 1024},
+    }
+    return Recipe.parse(content, "search")
 
 
 def main() -> None:
@@ -46,6 +56,7 @@ def main() -> None:
     parser.add_argument("--recall", nargs="+", default=["passkey", "s_niah_2", "mqar"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--by", choices=["recall", "joint"], default="recall", help="how the probe ranks heads")
     parser.add_argument("--probe", nargs="+", default=["passkey", "multikey_niah"], help="tasks of the probe")
     parser.add_argument("--probe-samples", type=int, default=16)
     parser.add_argument("--output", type=Path, required=True)
@@ -60,10 +71,9 @@ def main() -> None:
         for name in given.recall
         for length in given.lengths
     }
-    layers, groups = model.config.num_hidden_layers, model.config.num_key_value_heads
     rows: list[dict[str, Any]] = []
 
-    def measure(window: int, heads: int, share: float) -> None:
+    def measure(window: str, heads: int, share: float) -> None:
         row: dict[str, Any] = {"window": window, "heads": heads, "cache": round(share, 4)}
         for text, reference in zip(texts, references, strict=True):
             quality = evaluate(model, text.rows, reference, 16)
@@ -72,23 +82,23 @@ def main() -> None:
         rows.append(row)
         print(" | ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
-    measure(0, layers * groups, 1.0)
-    probes: dict[int, ProbeScores] = {}
+    measure("all", 0, 1.0)
+    probe = {"tasks": given.probe, "samples": given.probe_samples}
     for pair in given.pairs:
-        window, heads = (int(word) for word in pair.split(":"))
-        if heads and window not in probes:
-            began = time.monotonic()
-            recipe = untrained(window, {"tasks": given.probe, "samples": given.probe_samples})
-            probes[window] = run_probe(model, tokenizer, recipe, name=given.model)
-            probes[window].write(given.output.parent / f"probe-{window}.json")
-            first = probes[window].rank_heads("recall")[:12]
-            print(f"probe at window {window}: {time.monotonic() - began:.0f} s, {first}", flush=True)
-        recipe = untrained(window, {})
-        assert recipe.mixer is not None
-        chosen = probes[window].rank_heads("recall")[:heads] if heads else []
-        surgery = convert(model, recipe.mixer.model_dump(), None, chosen)
-        kept = heads / (layers * groups)
-        measure(window, heads, kept + (1 - kept) * (window + 4) / CONTEXT)
+        window, heads = pair.split(":")
+        recipe = untrained(window, int(heads), given.by, probe)
+        if leaves_a_choice(recipe, model.config, dtype):
+            name = "by-layer" if window.endswith("%") else window
+            path = given.output.parent / f"probe-{name}.json"
+            if not path.exists():
+                run_probe(model, tokenizer, recipe, name=given.model).write(path)
+            scores = ProbeScores.read(path)
+            recipe = resolve_heads(recipe, scores, model.config, dtype)
+            print(f"{pair}: {recipe.exact_heads}, {recipe.mixer and recipe.mixer.window}", flush=True)
+        share = make_plan(recipe, model.config, model=given.model, dtype=dtype).cache_share
+        assert recipe.mixer is not None and isinstance(recipe.exact_heads, list)
+        surgery = convert(model, recipe.mixer.model_dump(), None, recipe.exact_heads)
+        measure(window, int(heads), share)
         surgery.undo()
     with given.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))

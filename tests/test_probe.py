@@ -26,7 +26,7 @@ from linearize.head_scores import (
 from linearize.mixers.exact import ExactAttention
 from linearize.mixers.mixer import TokenMixer
 from linearize.planning import make_plan, resolve_heads
-from linearize.probe import probe_lengths, run_probe, score_layers, score_units
+from linearize.probe import probe_lengths, rank_together, run_probe, score_layers, score_units
 from linearize.recipe import Recipe
 from linearize.registry import families
 from linearize.surgery import convert
@@ -104,6 +104,46 @@ def test_a_candidate_is_what_surgery_makes(random_teacher, family):
         assert unit.kl > 0 and unit.transfer > 0
 
 
+@pytest.fixture
+def twins(planted):
+    """The planted head twice: KV head 0 of layer 1 is its copy, so that either alone can be lost."""
+    attention = planted.model.layers[1].self_attn
+    with torch.no_grad():
+        for projection in (attention.k_proj, attention.v_proj):
+            projection.weight[:16] = projection.weight[16:]
+        attention.q_proj.weight[:32] = attention.q_proj.weight[32:]
+        attention.o_proj.weight[:, :32] = attention.o_proj.weight[:, 32:]
+    return planted
+
+
+def test_heads_that_stand_in_for_one_another_are_found_together(twins):
+    samples = [(sample, True) for sample in SAMPLES]
+    _, units = score_units(twins, samples, WINDOW)
+    alone = {(unit.layer, unit.head): unit.recall for unit in units if unit.head is not None}
+    assert max(alone.values()) < 0.1  # one at a time, no head is worth anything
+    assert rank_together(twins, samples, WINDOW, sorted(alone))[0] in ((1, 0), (1, 1))
+
+
+def test_together_a_candidate_is_what_surgery_makes(random_teacher):
+    """Of three heads the one goes first without which the student that surgery makes is best, and so on."""
+    model = random_teacher("llama", (4, 2), 16)
+    mixer = Recipe.parse({"name": "w", "mixer": {"window": WINDOW, "combine": "window_only"}}, "w").mixer.model_dump()
+
+    def without(kept, pair):
+        surgery = convert(model, mixer, [0, 1], exact_heads=[other for other in kept if other != pair])
+        log_prob = score(model, SAMPLES).log_prob
+        surgery.undo()
+        return log_prob
+
+    kept, order = [(0, 1), (1, 0), (1, 1)], []
+    while kept:
+        order.insert(0, max(kept, key=lambda pair: without(kept, pair)))
+        kept.remove(order[0])
+    samples = [(sample, True) for sample in SAMPLES]
+    assert rank_together(model, samples, WINDOW, [(1, 1), (0, 1), (1, 0)]) == tuple(order)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_the_teacher_is_left_as_it_was(random_teacher):
     model = random_teacher()
     ids = torch.arange(40)[None]
@@ -173,6 +213,7 @@ def test_ranking_on_synthetic_scores():
     assert scores.rank_heads("recall")[:3] == [(0, 1), (2, 0), (1, 1)]
     assert scores.rank_heads("kl")[:2] == [(0, 0), (2, 1)]
     assert scores.rank_layers("recall") == [0, 2, 1]
+    assert replace(scores, joint=((1, 0), (0, 1))).rank_heads("joint")[:4] == [(1, 0), (0, 1), (2, 0), (1, 1)]
     heads = choose_heads(Recipe.parse({"name": "r", "exact_heads": {"keep": 2}}, "r"), scores, 2)
     assert heads.exact_heads == [(0, 1), (2, 0)] and not heads.probed
     both = Recipe.parse({"name": "r", "layers": {"keep": 0.34, "by": "recall"}, "exact_heads": {"keep": 2}}, "r")

@@ -592,6 +592,8 @@ def describe(job: Job, results: dict[str, Any], work: Path, scores: ProbeScores 
         lock["chosen"] = {"layers": chosen["layers"], "exact_heads": chosen["exact_heads"]}
         if job.recipe.window_budget is not None:
             lock["chosen"]["windows"] = chosen["mixer"]["window"]["size"]
+        if job.recipe.memory_choice is not None:
+            lock["chosen"]["memory_layers"] = chosen["mixer"]["memory_layers"]
         _write_probe(scores, final, chosen["exact_heads"])
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
     write_pages(final, results, records)

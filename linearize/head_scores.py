@@ -224,6 +224,21 @@ def choose_layers(recipe: Recipe, scores: ProbeScores, offered: Sequence[int] | 
     return recipe.model_copy(update={"layers": [layer for layer in among if layer not in kept]})
 
 
+def choose_memories(recipe: Recipe, scores: ProbeScores, converted: Sequence[int]) -> Recipe:
+    """Return the recipe with a memory in those of its converted layers that the probe ranks first, as a list.
+
+    Args:
+        recipe: with or without such a choice; no more layers than are converted.
+        scores: of the teacher.
+        converted: the converted layers.
+    """
+    choice = recipe.memory_choice
+    if choice is None:
+        return recipe
+    ranked = [layer for layer in scores.rank_layers(choice.by) if layer in converted]
+    return recipe.with_memories(sorted(ranked[: choice.keep]))
+
+
 def choose_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: Sequence[int] | None = None) -> Recipe:
     """Return the recipe with the `count` heads of its converted layers that the probe ranks first, as a list.
 

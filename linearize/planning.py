@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, token_bytes
 from linearize.eval.memory import format_bytes
-from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_windows
+from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_memories, choose_windows
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import (
     TRAINED_PROJECTIONS,
     AnyStage,
     Distill,
     ExactHeads,
+    MemoryLayers,
     Probe,
     Recipe,
     SoftmaxLayers,
@@ -212,10 +213,21 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     """
     scores.check(config, recipe, recipe.probe.file or "The probe")
     recipe = choose_layers(recipe, scores, family_of(config).convertible(config))
-    count, converted = count_heads(recipe, config, dtype), converted_layers(recipe, config)
+    converted = converted_layers(recipe, config)
+    _check_memories(recipe, converted)
+    recipe = choose_memories(recipe, scores, converted)
+    count = count_heads(recipe, config, dtype)
     chosen = choose_heads(recipe, scores, count, converted)
     divergences = {int(size): values for size, values in scores.windows.items()}
     return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(divergences, tokens, converted))
+
+
+def _check_memories(recipe: Recipe, converted: list[int]) -> None:
+    choice = recipe.memory_choice
+    if choice is not None and choice.keep > len(converted):
+        raise LinearizeError(
+            f"`mixer.memory_layers.keep` is {choice.keep}; {len(converted)} layers are converted. Lower it, or use all."
+        )
 
 
 def _fill_windows(
@@ -257,7 +269,7 @@ def _fill_windows(
 
 def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> bool:
     """Return whether a probe has anything to choose: layers, windows, or some but not all of the heads."""
-    if recipe.window_budget is not None:
+    if recipe.window_budget is not None or recipe.memory_choice is not None:
         return True
     if not isinstance(recipe.exact_heads, ExactHeads):
         return recipe.probed
@@ -267,17 +279,19 @@ def leaves_a_choice(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype
 
 
 def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> Recipe:
-    """Return the recipe with as many exact heads as it will have, in places that stand in for those of the probe, and
-    windows of one size in the place of those that a budget allows.
+    """Return the recipe with as many exact heads and memories as it will have, in places that stand in for those of the
+    probe, and windows of one size in the place of those that a budget allows.
     """
+    converted = converted_layers(recipe, config)
+    _check_memories(recipe, converted)
+    if recipe.memory_choice is not None:
+        recipe = recipe.with_memories(converted[: recipe.memory_choice.keep])
     if isinstance(recipe.exact_heads, ExactHeads):
-        layers = converted_layers(recipe, config)
-        places = [(layer, head) for head in range(_groups(config)) for layer in layers]
+        places = [(layer, head) for head in range(_groups(config)) for layer in converted]
         chosen = places[: count_heads(recipe, config, dtype)]
         recipe = recipe.model_copy(update={"exact_heads": chosen, "probe": Probe()})
-    converted = max(1, len(converted_layers(recipe, config)))
     count = config.num_hidden_layers
-    return _fill_windows(recipe, config, dtype, lambda tokens: [tokens // converted] * count)
+    return _fill_windows(recipe, config, dtype, lambda tokens: [tokens // max(1, len(converted))] * count)
 
 
 def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -432,7 +446,9 @@ def _layers(recipe: Recipe, config: PretrainedConfig) -> Iterator[LayerPlan]:
         if mixer is None or index not in converted:
             yield LayerPlan(index, "softmax")
             continue
-        memory = "" if mixer.combine.name == "window_only" else _memory_words(recipe)
+        assert not isinstance(mixer.memory_layers, MemoryLayers)  # place_heads has given it a list
+        remembers = mixer.memory_layers == "all" or index in mixer.memory_layers
+        memory = _memory_words(recipe) if remembers and mixer.combine.name != "window_only" else ""
         window, sinks = 0, 0
         if mixer.window is not None:
             size = mixer.window.size
@@ -566,7 +582,7 @@ def _cache_bytes(
     for layer, _ in _pairs(recipe):
         exact[layer] = exact.get(layer, 0) + 1
     converted = set(mixers) | set(exact)
-    sizes: dict[tuple[int, int], int] = {}
+    sizes: dict[tuple[int, int, bool], int] = {}
     teacher = student = 0
     for layer in range(config.num_hidden_layers):
         softmax = pair * family.cached_heads(config) * _reach(config, layer, context)
@@ -578,7 +594,7 @@ def _cache_bytes(
         mixed = 0
         if layer in mixers:
             mixer: Any = mixers[layer]
-            like = kept, mixer.window
+            like = kept, mixer.window, mixer.memory is None
             if like not in sizes:
                 sizes[like] = _mixer_cache_bytes(mixer, config, groups - kept, head_dim, dtype)
             mixed = sizes[like]

@@ -130,6 +130,26 @@ class Conv(Strict):
         return {"taps": value} if isinstance(value, int) else value
 
 
+# What the probe measures where a layer or a KV head gives up exact softmax (`linearize.probe`).
+Measure: TypeAlias = Literal["recall", "kl", "transfer", "halo"]
+HeadMeasure: TypeAlias = Measure | Literal["joint"]
+
+
+class MemoryLayers(Strict):
+    """How many layers have a memory; a probe chooses them.
+
+    Args:
+        keep: how many.
+        by: the probe's measure of what a layer loses on the window alone.
+    """
+
+    keep: int = Field(ge=1)
+    by: Measure = "recall"
+
+
+NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
+
+
 class Mixer(Strict):
     """What replaces softmax attention: five parts (feature map, gate, memory, window, combine) and switches.
 
@@ -145,6 +165,8 @@ class Mixer(Strict):
         conv: a causal depthwise convolution on the q, k and v that the memory reads.
         k_map_heads: the memory, with its key feature map, gate and state, is one per KV head, or one per query head
             (LoLCATs and The Mamba in the Llama to the letter).
+        memory_layers: which of the converted layers have a memory: all, a list, or as many as a probe chooses,
+            `{keep: 5, by: recall}`. The others have the window alone.
     """
 
     feature_map: Part = Part(name="identity")
@@ -159,9 +181,9 @@ class Mixer(Strict):
     output_gate: bool | Literal["silu"] = False
     conv: Conv | None = None
     k_map_heads: Literal["kv", "query"] = "kv"
+    memory_layers: Literal["all"] | Annotated[list[NonNegative], Field(min_length=1)] | MemoryLayers = "all"
 
 
-NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 Pair: TypeAlias = Annotated[tuple[NonNegative, NonNegative], Field(strict=False)]
 
 
@@ -389,11 +411,6 @@ class Preference(EndToEnd):
 
 
 AnyStage: TypeAlias = Annotated[Transfer | Finetune | Distill | Preference, Field(discriminator="stage")]
-
-
-# What the probe measures where a layer or a KV head gives up exact softmax (`linearize.probe`).
-Measure: TypeAlias = Literal["recall", "kl", "transfer", "halo"]
-HeadMeasure: TypeAlias = Measure | Literal["joint"]
 
 
 class SoftmaxLayers(Strict):
@@ -660,15 +677,27 @@ class Recipe(Strict):
 
     @property
     def probed(self) -> bool:
-        """Whether layers, heads or sizes of windows are still to be chosen by the probe."""
+        """Whether layers, heads, memories or sizes of windows are still to be chosen by the probe."""
         by_layer = isinstance(self.layers, SoftmaxLayers) and self.layers.by is not None
-        return by_layer or isinstance(self.exact_heads, ExactHeads) or self.window_budget is not None
+        heads = isinstance(self.exact_heads, ExactHeads)
+        return by_layer or heads or self.window_budget is not None or self.memory_choice is not None
 
     @property
     def window_budget(self) -> WindowBudget | None:
         """What sizes of windows are still to be chosen by, if they are."""
         size = None if self.mixer is None or self.mixer.window is None else self.mixer.window.size
         return size if isinstance(size, WindowBudget) else None
+
+    @property
+    def memory_choice(self) -> MemoryLayers | None:
+        """How the layers with a memory are still to be chosen, if they are."""
+        layers = None if self.mixer is None else self.mixer.memory_layers
+        return layers if isinstance(layers, MemoryLayers) else None
+
+    def with_memories(self, layers: list[int]) -> Recipe:
+        """Return the recipe with a memory in these layers."""
+        assert self.mixer is not None
+        return self.model_copy(update={"mixer": self.mixer.model_copy(update={"memory_layers": layers})})
 
     def with_windows(self, size: int | list[int]) -> Recipe:
         """Return the recipe with these sizes of windows."""

@@ -175,6 +175,12 @@ def convert(
     sizes = (mixer.get("window") or {}).get("size")
     if isinstance(sizes, list) and len(sizes) != count:
         raise LinearizeError(f"`mixer.window.size` names {len(sizes)} sizes; the model has {count} layers.")
+    memories = mixer.get("memory_layers", "all")
+    wrong = [layer for layer in memories if layer not in chosen] if isinstance(memories, list) else []
+    if wrong:
+        raise LinearizeError(
+            f"`mixer.memory_layers` names layer {wrong[0]}, which is not converted (converted: {chosen})."
+        )
     exact: dict[int, list[int]] = {}
     for layer, head in exact_heads or []:
         if layer not in chosen:

@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig
 
 from linearize import api
 from linearize import probe as probing
 from linearize.api import linearize, load, plan
 from linearize.errors import LinearizeError
+from linearize.eval.controls import applicable, memory_silenced
 from linearize.eval.recall import Sample, score
 from linearize.evaluation import evaluate_folder
 from linearize.generation import generate_text
@@ -375,6 +377,61 @@ def test_windows_by_layer_from_end_to_end(teacher, tmp_path):
         for place in range(70, 80):
             stepped = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1]
     torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
+
+
+def test_heads_chosen_together_from_end_to_end(teacher, tmp_path):
+    out = linearize(
+        teacher, "untrained", tmp_path / "out", overrides=[*SMALL, "exact_heads={keep: 1, by: joint}"]
+    ).output
+    scores = ProbeScores.read(out / "probe.json")
+    assert scores.joint == tuple(scores.rank_heads("recall")[:1])  # a fifth of six heads
+    assert yaml.safe_load((out / "recipe.lock.yaml").read_text())["chosen"]["exact_heads"] == [list(scores.joint[0])]
+    recipe = Recipe.from_yaml("untrained", [*SMALL, "exact_heads={keep: 1, by: joint}"])
+    with pytest.raises(LinearizeError, match="one at a time, and the recipe chooses them by `joint`"):
+        replace(scores, joint=()).check(AutoConfig.from_pretrained(teacher), recipe, "it")
+
+
+MEMORY = ["mixer.combine=learned", "mixer.memory=additive", "mixer.feature_map=softmax", "mixer.normalize=true"]
+
+
+def test_a_memory_where_the_probe_finds_recall(teacher, tmp_path):
+    """One layer has a memory, the other two have the window alone; it trains, decodes, and is silenced as any other."""
+    stages = "stages=[{stage: transfer, tokens: 128, batch: 1}, {stage: finetune, tokens: 128, batch: 1}]"
+    choice = "mixer.memory_layers={keep: 1, by: recall}"
+    settings = {"overrides": [*SMALL, *MEMORY, "exact_heads=[]", choice, stages]}
+    assert "softmax" in [layer.memory.split(",")[0] for layer in plan(teacher, "untrained", **settings).layers]
+    out = linearize(teacher, "untrained", tmp_path / "out", **settings).output
+    (chosen,) = ProbeScores.read(out / "probe.json").rank_layers("recall")[:1]
+    assert yaml.safe_load((out / "recipe.lock.yaml").read_text())["chosen"]["memory_layers"] == [chosen]
+    model = load(out)
+    mixers = [layer.self_attn.mixer for layer in model.model.layers]
+    assert [mixer.memory is not None for mixer in mixers] == [layer == chosen for layer in range(3)]
+    assert applicable(model) == ["memory zeroed", "window only", "memory only", "no mixer"]
+    with torch.no_grad():
+        ids = torch.arange(80)[None] % 60
+        full = model(ids).logits[:, -1]
+        cache = model(ids[:, :70], use_cache=True).past_key_values
+        for place in range(70, 80):
+            stepped = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+        with memory_silenced(model):
+            silenced = model(ids).logits[:, -1]
+    torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
+    assert not torch.allclose(silenced, full, atol=1e-4)
+
+
+def test_what_memory_layers_cannot_mean(teacher, random_teacher, tmp_path):
+    def asked(*more: str):
+        settings = ["exact_heads=[]", *SMALL, *MEMORY, *more]
+        return plan(teacher, "untrained", overrides=settings)
+
+    one, two, every = (asked(f"mixer.memory_layers={layers}").cache_share for layers in ("[1]", "[0, 1]", "all"))
+    assert every - two == pytest.approx(two - one)
+    with pytest.raises(LinearizeError, match=r"memory_layers\.keep` is 4; 3 layers"):
+        asked("mixer.memory_layers={keep: 4}")
+    with pytest.raises(LinearizeError, match=r"names layer 0, which is not converted"):
+        asked("mixer.memory_layers=[0]", "layers=[1, 2]")
+    with pytest.raises(LinearizeError, match="does not use both a window and a memory"):
+        asked("mixer.memory_layers=[0]", "mixer.combine=window_only")
 
 
 def test_an_interrupted_run_does_not_probe_again(teacher, tmp_path, monkeypatch):

@@ -46,6 +46,11 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer", causal: bool = True
         raise LinearizeError(
             f"`{where}.combine: {mixer['combine']['name']}` does not use a window; set `{where}.window: null`."
         )
+    if mixer.get("memory_layers", "all") != "all" and not (combine.uses_window and combine.uses_memory):
+        raise LinearizeError(
+            f"`{where}.memory_layers` leaves layers with the window alone, and `{where}.combine: "
+            f"{mixer['combine']['name']}` does not use both a window and a memory; drop it, or use another combine."
+        )
     normalizes = mixer["normalize"] or combine.shares_denominator
     if normalizes and combine.uses_memory and not found["feature_map"].positive:
         raise LinearizeError(

@@ -80,7 +80,8 @@ class TokenMixer(nn.Module):
         self.scaling = scaling
         self.rotary = spec["rotary"]
         self.overlap = bool(spec["overlap"])
-        self.combine: Any = _build(combines, spec["combine"], shape)
+        remembers = _remembers(spec.get("memory_layers", "all"), shape.layer)
+        self.combine: Any = _build(combines, spec["combine"] if remembers else {"name": "window_only"}, shape)
         window = spec["window"] if self.combine.uses_window else None
         size = 0 if window is None else _own_size(window["size"], shape.layer)
         self.window = min(size, max_window or size)
@@ -114,10 +115,10 @@ class TokenMixer(nn.Module):
             if spec.get("conv") is not None:
                 self.conv = self._build_conv(shape, inner, spec["conv"])
         self.output_gate: nn.Linear | None = None
-        self.gates_memory = spec["output_gate"] == "silu"
+        self.gates_memory = spec["output_gate"] == "silu" and self.memory is not None
         if self.gates_memory:
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=False)
-        elif spec["output_gate"]:
+        elif spec["output_gate"] is True:
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
             nn.init.zeros_(self.output_gate.weight)
             nn.init.constant_(self.output_gate.bias, 4.0)
@@ -548,6 +549,11 @@ def _own_size(size: int | list[int] | dict[str, Any], layer: int) -> int:
     if isinstance(size, dict):
         return int(size["among"][0])
     return size[layer] if isinstance(size, list) else size
+
+
+def _remembers(layers: str | list[int] | dict[str, Any], layer: int) -> bool:
+    """Whether a layer has a memory; all do where they are still to be chosen."""
+    return not isinstance(layers, list) or layer in layers
 
 
 def _rest(shape: HeadShape) -> tuple[int, int, int, int]:

@@ -45,7 +45,8 @@ def call(words: list[str], log: Path) -> int:
 def convert(name: str, run: dict[str, Any], given: argparse.Namespace) -> str:
     """Convert and evaluate; return what is to be said of it."""
     folder, log = given.output / name, given.output / f"{name}.log"
-    changes = [f"data.source=[{', '.join(given.data)}]", "data.format=auto", "data.held_out=32", *run.get("set", [])]
+    changes = [f"data.source=[{', '.join(given.data)}]", "data.format=auto", "data.held_out=32"]
+    changes += [*run.get("set", []), *given.set]
     words = ["--model", given.model, "--recipe", run["recipe"], "--tokens", given.tokens, "--seed", str(given.seed)]
     words += ["--output", str(folder), *changes]
     if call([*LINEARIZE, *words], log):
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--recall", default="passkey")
     parser.add_argument("--lengths", default="512,1024")
     parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="for all runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seconds", type=float, help="stop, saved, after this long")

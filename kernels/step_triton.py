@@ -43,20 +43,20 @@ def _step(
     b, g = (pair // G).to(tl.int64), pair % G
     if part < NV:
         if MEMORY:
-            ks = tl.arange(0, BKM)
-            in_k = ks < KM
+            fs = tl.arange(0, BKM)  # names of its own: the window's key dim may be another, and a name has one shape
+            in_f = fs < KM
             vs = part * BV + tl.arange(0, BV)
             in_v = vs < V
-            tile = pair.to(tl.int64) * KM * V + ks[:, None] * V + vs[None, :]
-            in_tile = in_k[:, None] & in_v[None, :]
+            tile = pair.to(tl.int64) * KM * V + fs[:, None] * V + vs[None, :]
+            in_tile = in_f[:, None] & in_v[None, :]
             s = tl.load(state + tile, mask=in_tile, other=0.0)
-            key = tl.load(k_m + b * k_m_b + g // SHARE * k_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+            key = tl.load(k_m + b * k_m_b + g // SHARE * k_m_h + fs, mask=in_f, other=0.0).to(tl.float32)
             value = tl.load(v_m + b * v_m_b + g * v_m_h + vs, mask=in_v, other=0.0).to(tl.float32)
             decay = tl.full([BKM], 1.0, tl.float32)
             if GATE == 1:
                 decay *= tl.exp(tl.load(gate + b * g_b + g * g_h).to(tl.float32))
             elif GATE == 2:
-                decay = tl.exp(tl.load(gate + b * g_b + g * g_h + ks, mask=in_k, other=0.0).to(tl.float32))
+                decay = tl.exp(tl.load(gate + b * g_b + g * g_h + fs, mask=in_f, other=0.0).to(tl.float32))
             s *= decay[:, None]
             if UNIT:
                 key *= tl.rsqrt(tl.sum(key * key) + eps)
@@ -66,7 +66,7 @@ def _step(
             s += key[:, None] * value[None, :]
             tl.store(state + tile, s, mask=in_tile)
             for r in tl.static_range(R):
-                q = tl.load(q_m + b * q_m_b + (g // SHARE * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+                q = tl.load(q_m + b * q_m_b + (g // SHARE * R + r) * q_m_h + fs, mask=in_f, other=0.0).to(tl.float32)
                 if UNIT:
                     q *= tl.rsqrt(tl.sum(q * q) + eps)
                 q *= scale_m
@@ -74,10 +74,10 @@ def _step(
                 tl.store(o_m + (b * G * R + g * R + r) * V + vs, out.to(o_m.dtype.element_ty), mask=in_v)
             if NORM:  # noqa: SIM102
                 if part == 0:
-                    z = tl.load(norm + pair * KM + ks, mask=in_k, other=0.0) * decay + key
-                    tl.store(norm + pair * KM + ks, z, mask=in_k)
+                    z = tl.load(norm + pair * KM + fs, mask=in_f, other=0.0) * decay + key
+                    tl.store(norm + pair * KM + fs, z, mask=in_f)
                     for r in tl.static_range(R):
-                        q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + ks, mask=in_k, other=0.0).to(tl.float32)
+                        q = tl.load(q_m + b * q_m_b + (g * R + r) * q_m_h + fs, mask=in_f, other=0.0).to(tl.float32)
                         tl.store(sums + b * G * R + g * R + r, tl.sum(q * z, 0) * scale_m)
     else:
         if WINDOW:

@@ -76,7 +76,7 @@ def zero_shot(
     *,
     data: Path | None = None,
     limit: int | None = None,
-    batch: int | None = None,
+    batch: int = 8,
     max_length: int | None = None,
     subjects: Sequence[str] | None = None,
 ) -> list[TaskScore]:
@@ -88,7 +88,7 @@ def zero_shot(
         tasks: keys of `TASKS`; MMLU with 5 examples, the others with none.
         data: folder with local rows; the tasks' data sets on the Hugging Face Hub by default.
         limit: questions per task (per subject of MMLU); all by default.
-        batch: rows at once; 8 on a CPU and 32 on a GPU by default.
+        batch: rows at once.
         max_length: tokens of a prompt; the model's own context by default.
         subjects: the harness's names of the parts of MMLU; all 57 by default.
 
@@ -109,8 +109,7 @@ def zero_shot(
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="linearize-tasks-")))
-        rows = batch or (8 if model.device.type == "cpu" else 32)
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=rows, max_length=max_length)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch, max_length=max_length)
         manager = TaskManager()
         if subjects is None:
             subjects = [name for part in MMLU_PARTS for name in sorted(manager.task_index[f"mmlu_{part}_tasks"].tags)]

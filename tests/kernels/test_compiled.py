@@ -63,15 +63,17 @@ def window(dim: int, sinks: int = 0, dtype: torch.dtype = torch.bfloat16) -> Cal
     return calls
 
 
-def step(dim: int) -> Callable[[], None]:
+def step(dim: int, features: int, delta: bool = False) -> Callable[[], None]:
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(2, *shape, dtype=dtype)
 
     def calls() -> None:
         step_triton.hybrid_step_triton(
             new(8, dim), new(2, dim), new(2, dim), new(64, 2, dim), new(64, 2, dim), new(4, 2, dim), new(4, 2, dim),
-            torch.zeros(2, dtype=torch.int64), new(8, dim), new(2, dim), new(2, dim), new(2, dim), None,
-            new(2, dim, dim, dtype=torch.float32), new(2, dim, dtype=torch.float32), 1.0, 1.0,
+            torch.zeros(2, dtype=torch.int64), new(8, features), new(2, features), new(2, dim),
+            new(2) if delta else new(2, features), new(2) if delta else None,
+            new(2, features, dim, dtype=torch.float32), None if delta else new(2, features, dtype=torch.float32),
+            1.0, 1.0,
         )  # fmt: skip
 
     return calls
@@ -147,8 +149,14 @@ def test_window(capability: int) -> None:
 
 
 def test_step() -> None:
-    check(compile_calls(step(128), 90), 90, 0)
+    check(compile_calls(step(128, 128), 90), 90, 0)
     check(compile_calls(delta_step(128), 90), 90, 0)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("features", [64, 128, 256])
+def test_a_step_whose_memory_has_more_features_than_the_window_has_channels(features: int, delta: bool) -> None:
+    check(compile_calls(step(64, features, delta), 90), 90, 0)
 
 
 @pytest.mark.parametrize("repeat", [1, 4])

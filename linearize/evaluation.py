@@ -22,7 +22,7 @@ from linearize.data import PackedRows
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
 from linearize.errors import LinearizeError
 from linearize.eval.controls import CONTROLS, applicable
-from linearize.eval.measure import Bench, Measured, has_gsm8k
+from linearize.eval.measure import Bench, Kept, Measured, has_gsm8k
 from linearize.eval.suite import NONE, Suite, choose_suite, text_alone
 from linearize.eval.tally import paired_difference
 from linearize.eval.text import EvaluationText, evaluation_text, held_out_text
@@ -34,6 +34,7 @@ from linearize.report.table import Cells
 from linearize.teacher import load_teacher, resolve
 
 FOLDER, RESULTS, PAGE = "eval", "eval.json", "eval.md"
+UNFINISHED = "unfinished.json"
 FIGURES = ("perplexity", "recall", "cost")
 ANSWERED = ("memory zeroed",)
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
@@ -59,7 +60,8 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Measure a finished folder, its teacher and its controls, and write `eval.json`, `eval.md` and figures.
 
-    Where they go into the folder itself, its model card and `report.html` are written anew with them.
+    Where they go into the folder itself, its model card and `report.html` are written anew with them. Answers are kept
+    as they come, in `unfinished.json`, and one that was stopped goes on behind them when it is called again alike.
 
     Args:
         folder: what `linearize` wrote.
@@ -102,7 +104,17 @@ def evaluate_folder(
     names = _row_names([path, *(control for control, _ in kept)])
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = _texts(recipe, tokenizer, settings["seed"], chosen, [data] if isinstance(data, str) else data, sizes)
-    bench = Bench(chosen, texts, tokenizer, seed, answers, tokens)
+    report = Path(output) if output else path / FOLDER
+    depends = {
+        "suite": chosen.settings(),
+        "texts": [text.row() for text in texts],
+        "task_data": _fingerprints(answers),
+        "numbers": [str(kind), where.type, tokens, seed],
+        "models": [_identity(place) for place in (against or settings["model"], path, *(folder for folder, _ in kept))],
+    }
+    bench = Bench(chosen, texts, tokenizer, seed, answers, tokens, Kept(report / UNFINISHED, depends))
+    if bench.kept.rows:
+        tell(f"going on: {len(bench.kept.rows)} parts are in {bench.kept.path}")
     found: list[Measured] = []
     if against != NONE:
         found.append(_teacher(bench, against or settings["model"], settings, kind, where, tell))
@@ -136,7 +148,8 @@ def evaluate_folder(
         }
     )
     ours = output is None and card_is_ours(path)
-    write_report(results, Path(output) if output else path / FOLDER)
+    write_report(results, report)
+    bench.kept.path.unlink(missing_ok=True)
     if ours:
         refresh_pages(path)
     elif output is None:
@@ -152,6 +165,13 @@ def _student(bench: Bench, model: Any, name: str, about: dict[str, Any], tell: W
             text_only = control not in ANSWERED
             found.append(bench.model(model, control, "control", {"of": name}, tell, text_only=text_only, speed=False))
     return found
+
+
+def _identity(place: str | Path) -> list[Any]:
+    """Return what tells a model from another at the same place: name, size and time of each of its files, if any."""
+    path = Path(place)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    return [str(place), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
 def _fingerprints(folder: Path | None) -> dict[str, str]:

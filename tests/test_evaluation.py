@@ -83,6 +83,42 @@ def test_one_command_measures_teacher_student_and_controls(runs, tmp_path, capsy
     assert "Memory: zeroing it" in " ".join(printed.split())
 
 
+def test_an_evaluation_that_was_stopped_goes_on(runs, tmp_path) -> None:
+    """Its answers are those of one that was not, none is measured twice, and nothing of the other setting is used."""
+    options = {"rows": 3, "samples": 2, "lengths": "200,240", "recall": "passkey", "controls": [runs["window"]]}
+    whole = evaluate_folder(runs["liger"], **options, output=tmp_path / "whole")
+    assert not (tmp_path / "whole" / "unfinished.json").exists()
+    out, told = tmp_path / "out", []
+
+    def stop_at(part: str):
+        def tell(words: str) -> None:
+            told.append(words)
+            if words == part:
+                raise KeyboardInterrupt
+
+        return tell
+
+    for part in ("teacher: reversal", "window: passkey at 240 tokens"):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_folder(runs["liger"], **options, output=out, watch=stop_at(part))
+        assert (out / "unfinished.json").is_file() and not (out / "eval.json").exists()
+    results = evaluate_folder(runs["liger"], **options, output=out, watch=told.append)
+    for model, same in zip(results["models"], whole["models"], strict=True):
+        assert [model.get(key) for key in ("recall", "generation")] == [same.get(k) for k in ("recall", "generation")]
+        assert model["text"]["held-out"]["loss"] == same["text"]["held-out"]["loss"]
+    assert any(words.startswith("going on: ") for words in told)
+    begun = [words for words in told if "passkey" in words or "reversal" in words]
+    again = {"teacher: reversal", "window: passkey at 240 tokens"}  # which were stopped
+    assert len(set(begun)) == 3 * 4  # of teacher, student, memory zeroed and control
+    assert sorted(begun) == sorted([*set(begun), *again])
+    assert not (out / "unfinished.json").exists()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folder(runs["liger"], **options, output=out, watch=stop_at("liger: copy"))
+    told.clear()
+    evaluate_folder(runs["liger"], **options, seed=1, output=out, watch=told.append)
+    assert not any(words.startswith("going on: ") for words in told)
+
+
 def test_an_idle_memory_is_seen_at_a_glance(runs, tmp_path, capsys) -> None:
     assert run("eval", runs["idle"], *QUICK, "--output", tmp_path / "a") == 0
     assert "IT DOES NOTHING MEASURABLE" in " ".join(capsys.readouterr().out.split())

@@ -1,15 +1,19 @@
-"""Everything that a suite measures on one model, as plain values."""
+"""Everything that a suite measures on one model, as plain values; what is measured is kept until all is."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from linearize.checkpoint import replace_text
+from linearize.errors import LinearizeError
 from linearize.eval.exact_match import Generated, gsm8k_task, made_tasks, match
 from linearize.eval.quality import Quality, TeacherReference, evaluate
 from linearize.eval.recall import RecallScore, RecallTask, Sample, make_samples, score, wilson
@@ -62,6 +66,43 @@ class Measured:
         return {"name": self.name, "role": self.role, **self.about, "text": text, **found, "seconds": self.seconds}
 
 
+class Kept:
+    """The answers of an evaluation under way, in a file, so that one that was stopped goes on behind them.
+
+    Args:
+        path: of the file; it and its folder are made with the first answers.
+        about: what the answers depend on, as plain values; answers to something else are not used.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self.about = path, json.loads(json.dumps(about))
+        self.rows: dict[str, Any] = {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["about"] == self.about:
+                self.rows = dict(found["rows"])
+        except (OSError, ValueError, TypeError, KeyError):  # none, or half of one
+            pass
+
+    def once(self, part: str, tell: Tell, measure: Callable[[], Any]) -> Any:
+        """Return what a part was measured to be, now or before it was stopped.
+
+        Raises:
+            LinearizeError: the file cannot be written.
+        """
+        if part not in self.rows:
+            tell(part)
+            self.rows[part] = measure()
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(self.path, json.dumps({"about": self.about, "rows": self.rows}))
+            except OSError as error:
+                raise LinearizeError(
+                    f"{self.path} cannot be written: {error.strerror}. Give another folder with --output."
+                ) from error
+        return self.rows[part]
+
+
 class Bench:
     """A suite made ready: its texts, samples and prompts, the same for every model.
 
@@ -72,6 +113,7 @@ class Bench:
         seed: of samples and prompts.
         task_data: folder with local task files, or None.
         tokens: of a forward pass, which sets how many rows run at once.
+        kept: where answers are kept as they come.
     """
 
     def __init__(
@@ -82,7 +124,9 @@ class Bench:
         seed: int,
         task_data: Path | None,
         tokens: int,
+        kept: Kept,
     ) -> None:
+        self.kept = kept
         self.suite = suite
         self.texts = texts
         self.tokenizer = tokenizer
@@ -146,22 +190,28 @@ class Bench:
         return Measured(**{**vars(found), "seconds": round(time.perf_counter() - began, 1)})
 
     def _answers(self, model: Any, name: str, found: Measured, tell: Tell) -> None:
-        for (task, length), samples in self.samples.items():
-            tell(f"{name}: {task} at {length:,} tokens")
-            found.recall.append(recall_row(task, length, score(model, samples, self.rows_at_once(length))))
+        def recall(task: str, length: int) -> dict[str, Any]:
+            samples = self.samples[task, length]
+            return recall_row(task, length, score(model, samples, self.rows_at_once(length)))
+
+        def written(prompts: Generated) -> dict[str, Any]:
+            return match(model, self.tokenizer, prompts, self.rows_at_once(GENERATION_TOKENS)).row()
+
+        def tasks() -> list[dict[str, Any]]:
+            suite, batch = self.suite, self.rows_at_once(HARNESS_TOKENS)
+            scores = zero_shot(model, self.tokenizer, suite.tasks, data=self.task_data, limit=suite.limit, batch=batch)
+            return [task.row() for task in scores]
+
+        for task, length in self.samples:
+            part = f"{name}: {task} at {length:,} tokens"
+            found.recall.append(self.kept.once(part, tell, partial(recall, task, length)))
         for prompts in self.prompts:
-            tell(f"{name}: {prompts.name}")
-            batch = self.rows_at_once(GENERATION_TOKENS)
-            found.generation.append(match(model, self.tokenizer, prompts, batch).row())
+            found.generation.append(self.kept.once(f"{name}: {prompts.name}", tell, partial(written, prompts)))
         if self.suite.tasks:
-            tell(f"{name}: {', '.join(self.suite.tasks)}")
-            batch = self.rows_at_once(HARNESS_TOKENS)
-            scores = zero_shot(
-                model, self.tokenizer, self.suite.tasks, data=self.task_data, limit=self.suite.limit, batch=batch
-            )
-            found.zero_shot.extend(task.row() for task in scores)
+            found.zero_shot.extend(self.kept.once(f"{name}: {', '.join(self.suite.tasks)}", tell, tasks))
 
     def _speed(self, model: Any, name: str, found: Measured, tell: Tell) -> None:
+        """Measure all of a model's speeds, kept from no earlier process: they stand beside one another."""
         for batch in self.suite.speed_batches if self.suite.contexts else ():
             for context in self.suite.contexts:
                 tell(f"{name}: speed at {context:,} tokens, batch {batch}")

@@ -57,7 +57,9 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     base = next(row for row in rows if row["run"] == control)
     perplexities = [name for name in base if name.endswith(" perplexity")]
     recalls = [name for name in ("passkey 1024", "s_niah_2 1024", "s_niah_3 1024") if base.get(name)]
@@ -77,6 +79,11 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
         axis.set_title(f"{name}, x {control}" if ratio else f"{name}, % right", fontsize=9)
         if ratio:
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(plain)
+            axis.yaxis.set_minor_formatter(plain)
+        else:
+            axis.set_ylim(0, 105)
+        axis.xaxis.set_major_formatter(plain)
         axis.grid(alpha=0.3, which="both")
     figure.savefig(output, dpi=110)
 

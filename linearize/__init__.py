@@ -51,20 +51,9 @@ from linearize.errors import LinearizeError, UnknownNameError
 if TYPE_CHECKING:
     from linearize.api import Result, linearize, load, plan
     from linearize.planning import Plan
-    from linearize.recipe import (
-        Data,
-        Distill,
-        Finetune,
-        Lora,
-        Mixer,
-        Optimizer,
-        Part,
-        Preference,
-        Quick,
-        Recipe,
-        Transfer,
-        Window,
-    )
+    from linearize.recipe import Data, Quick, Recipe
+    from linearize.recipe_mixer import Mixer, Part, Window
+    from linearize.recipe_stages import Distill, Finetune, Lora, Optimizer, Preference, Transfer
     from linearize.registry import register_combine, register_feature_map, register_gate, register_memory
 
 __version__ = "0.1.0"

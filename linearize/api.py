@@ -41,7 +41,8 @@ from linearize.planning import (
 )
 from linearize.probe import run_probe, sample_settings
 from linearize.processes import ALONE, Processes
-from linearize.recipe import Distill, Preference, Recipe, Transfer
+from linearize.recipe import Recipe
+from linearize.recipe_stages import Distill, Preference, Transfer
 from linearize.report import draw_png, read_metrics, write_pages
 from linearize.report.track import tracker
 from linearize.sharding import evaluating, shard

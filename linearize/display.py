@@ -15,7 +15,7 @@ from rich.table import Table
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores
 from linearize.hub import Pushed, Upload
-from linearize.recipe import Measure
+from linearize.recipe_mixer import Measure
 from linearize.report import (
     answer_cells,
     cache_cells,

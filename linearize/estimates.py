@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from linearize.recipe import AnyStage, Distill, Transfer
+from linearize.recipe_stages import AnyStage, Distill, Transfer
 
 # AdamW in mixed precision: fp32 master copy, gradient and two moments for each parameter that trains.
 TRAIN_BYTES = 16

@@ -14,7 +14,8 @@ from typing import Any
 
 from linearize.checkpoint import replace_text
 from linearize.errors import LinearizeError
-from linearize.recipe import ExactHeads, HeadMeasure, Measure, Probe, Recipe, SoftmaxLayers
+from linearize.recipe import ExactHeads, Probe, Recipe, SoftmaxLayers
+from linearize.recipe_mixer import HeadMeasure, Measure
 from linearize.registry import families
 
 FILE = "probe.json"

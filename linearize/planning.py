@@ -17,18 +17,9 @@ from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, to
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_memories, choose_windows
 from linearize.modeling.classes import family_of, layers_of
-from linearize.recipe import (
-    TRAINED_PROJECTIONS,
-    AnyStage,
-    Distill,
-    ExactHeads,
-    MemoryLayers,
-    Probe,
-    Recipe,
-    SoftmaxLayers,
-    Transfer,
-    WindowBudget,
-)
+from linearize.recipe import ExactHeads, Probe, Recipe, SoftmaxLayers
+from linearize.recipe_mixer import MemoryLayers, WindowBudget
+from linearize.recipe_stages import TRAINED_PROJECTIONS, AnyStage, Distill, Transfer
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
 from linearize.stages.speed import PASSES

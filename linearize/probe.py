@@ -32,7 +32,8 @@ from linearize.head_scores import ProbeScores, UnitScore, probe_window, with_hal
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext
 from linearize.modeling.classes import family_of, layers_of
-from linearize.recipe import ExactHeads, Mixer, Part, Recipe, Window
+from linearize.recipe import ExactHeads, Recipe
+from linearize.recipe_mixer import Mixer, Part, Window
 
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 32768}
 PROSE_PLACES = 48  # tokens of a sample at which language is measured

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import LinearizeError
-from linearize.recipe import Recipe, Transfer
+from linearize.recipe import Recipe
+from linearize.recipe_stages import Transfer
 
 
 def parse_layers(text: str, count: int) -> range:

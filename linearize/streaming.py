@@ -34,7 +34,8 @@ from linearize.eval.memory import format_bytes
 from linearize.interrupt import Signals
 from linearize.layered import LayeredTeacher
 from linearize.planning import check_disk, converted_layers
-from linearize.recipe import Recipe, Transfer
+from linearize.recipe import Recipe
+from linearize.recipe_stages import Transfer
 from linearize.report.metrics import Record, read_metrics
 from linearize.stages.streamed import NAME, STUDENTS, Stream, convert_layers
 from linearize.stream_plan import transfer_alone

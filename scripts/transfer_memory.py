@@ -24,7 +24,8 @@ def peak(layers: int, length: int, recipe: str) -> int:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from linearize.data import Corpus, PackedRows
-    from linearize.recipe import Recipe, Transfer
+    from linearize.recipe import Recipe
+    from linearize.recipe_stages import Transfer
     from linearize.stages import Run
     from linearize.stages.base import Progress
     from linearize.stages.transfer import TransferRunner

@@ -152,7 +152,7 @@ def random_teacher() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_mixer() -> Callable[..., dict[str, Any]]:
     """Build a recipe's mixer as plain data; what is not named has the recipe's defaults: `make_mixer(gate="key")`."""
-    from linearize.recipe import Mixer
+    from linearize.recipe_mixer import Mixer
 
     return lambda **fields: Mixer.model_validate(fields).model_dump()
 

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from linearize import yaml_io
 from linearize.errors import LinearizeError, UnknownNameError
-from linearize.recipe import Finetune, Mixer, Part, Recipe, Transfer, Window, recipe_names, recipe_path
+from linearize.recipe import Recipe, recipe_names, recipe_path
+from linearize.recipe_mixer import Mixer, Part, Window
+from linearize.recipe_stages import Finetune, Transfer
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from linearize.cli import main
 from linearize.data import Corpus, PackedRows
 from linearize.errors import LinearizeError
 from linearize.planning import converted_layers, make_plan, needs_teacher_copy, place_heads
-from linearize.recipe import Preference, Recipe, Transfer, recipe_names
+from linearize.recipe import Recipe, recipe_names
+from linearize.recipe_stages import Preference, Transfer
 from linearize.registry import combines, families, feature_maps, gates, memories
 from linearize.stages import Run, run_stage
 from linearize.surgery import convert

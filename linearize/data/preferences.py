@@ -20,7 +20,7 @@ from linearize.data.packing import PackedRows, pack
 from linearize.data.readers import Row
 from linearize.data.sources import builtin_rows, is_local, source_rows
 from linearize.errors import LinearizeError
-from linearize.recipe import Preference
+from linearize.recipe_stages import Preference
 
 COLUMNS = ("prompt", "chosen", "rejected")
 BUILTIN_CHARACTERS = 400

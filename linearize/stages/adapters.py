@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.modeling.classes import family_of
-from linearize.recipe import Lora
+from linearize.recipe_stages import Lora
 
 
 def lora_targets(model: Any, targets: list[str]) -> list[str]:

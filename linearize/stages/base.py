@@ -23,7 +23,7 @@ from linearize import checkpoint
 from linearize.data import Corpus, PackedRows, batches, rows_seen
 from linearize.interrupt import Signals, Stopped
 from linearize.processes import Processes
-from linearize.recipe import Stage
+from linearize.recipe_stages import Stage
 from linearize.report.metrics import MetricsWriter
 from linearize.sharding import spread, training
 from linearize.stages.gradients import alike, clip, layer_norms

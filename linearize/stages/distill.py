@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from linearize.data import PackedRows
 from linearize.errors import LinearizeError
-from linearize.recipe import Distill
+from linearize.recipe_stages import Distill
 from linearize.stages import finetune
 from linearize.stages.base import Run
 from linearize.stages.finetune import FinetuneRunner, Tensors, predictions

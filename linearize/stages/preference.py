@@ -15,7 +15,7 @@ from torch import Tensor
 
 from linearize.data import PackedRows
 from linearize.modeling.heads import logits_of
-from linearize.recipe import Preference
+from linearize.recipe_stages import Preference
 from linearize.stages import finetune
 from linearize.stages.base import Run
 from linearize.stages.finetune import FinetuneRunner, Tensors

@@ -25,7 +25,7 @@ from linearize.eval.quality import batch_size
 from linearize.layered import LayeredTeacher
 from linearize.mixers.attention import LinearizedAttention, sharing
 from linearize.modeling.classes import family_of, layers_of
-from linearize.recipe import Transfer
+from linearize.recipe_stages import Transfer
 from linearize.report.metrics import Record, read_metrics
 from linearize.stages import Run, run_stage
 from linearize.stages.adapters import add_lora

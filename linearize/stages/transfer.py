@@ -22,7 +22,7 @@ from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext, sequence_context
 from linearize.modeling.classes import family_of
-from linearize.recipe import TRAINED_PROJECTIONS, Transfer
+from linearize.recipe_stages import TRAINED_PROJECTIONS, Transfer
 from linearize.stages import base
 from linearize.stages.adapters import add_lora, attention_targets, lora_parameters, merge_lora
 from linearize.stages.base import Run, StageRunner

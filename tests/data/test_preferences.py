@@ -7,7 +7,7 @@ import pytest
 from linearize.data import build_preferences
 from linearize.data.preferences import builtin_pairs, encode_answer, turns_of
 from linearize.errors import LinearizeError
-from linearize.recipe import Preference
+from linearize.recipe_stages import Preference
 
 USER = {"role": "user", "content": "Q"}
 GOOD, BAD = ({"role": "assistant", "content": answer} for answer in ("yes", "no"))

@@ -25,7 +25,8 @@ from linearize.mixers.context import SequenceContext, sequence_context
 from linearize.mixers.mixer import TokenMixer
 from linearize.mixers.parts import Fp32Part, HeadShape
 from linearize.modeling.export import save_checkpoint
-from linearize.recipe import Mixer, Recipe, recipe_names
+from linearize.recipe import Recipe, recipe_names
+from linearize.recipe_mixer import Mixer
 from linearize.surgery import convert
 
 HEADS = [(9, 3), (8, 8), (14, 2), (12, 1)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linearize.data import Corpus, PackedRows
-from linearize.recipe import Mixer
+from linearize.recipe_mixer import Mixer
 from linearize.stages import Run
 from linearize.surgery import convert
 

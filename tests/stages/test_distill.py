@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from linearize import checkpoint
 from linearize.data import PackedRows
 from linearize.errors import LinearizeError
-from linearize.recipe import Distill, Finetune, Lora, Optimizer, Recipe
+from linearize.recipe import Recipe
+from linearize.recipe_stages import Distill, Finetune, Lora, Optimizer
 from linearize.stages import run_stage
 from linearize.stages.base import _accumulate
 from linearize.stages.distill import DistillRunner, coarse

@@ -18,7 +18,8 @@ from linearize.interrupt import Stopped
 from linearize.mixers.context import SequenceContext  # noqa: F401  (loads what a child would load anew)
 from linearize.modeling import auto_class
 from linearize.processes import ACCEPTED, Processes, leave
-from linearize.recipe import Distill, Finetune, Lora, Mixer, Optimizer, Preference, Transfer
+from linearize.recipe_mixer import Mixer
+from linearize.recipe_stages import Distill, Finetune, Lora, Optimizer, Preference, Transfer
 from linearize.sharding import shard
 from linearize.stages import Run, base, run_stage
 from linearize.stages.transfer import TransferRunner

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from linearize.data import Corpus, PackedRows
-from linearize.recipe import Optimizer, Preference, Recipe
+from linearize.recipe import Recipe
+from linearize.recipe_stages import Optimizer, Preference
 from linearize.stages import run_stage
 from linearize.stages.base import _accumulate
 from linearize.stages.preference import PreferenceRunner

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from linearize.recipe import Distill, Finetune, Mixer, Optimizer, Preference, Transfer
+from linearize.recipe_mixer import Mixer
+from linearize.recipe_stages import Distill, Finetune, Optimizer, Preference, Transfer
 from linearize.stages import Run, run_stage
 
 STEPS = 6

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from linearize.recipe import Distill, Finetune, Lora, Mixer, Transfer
+from linearize.recipe_mixer import Mixer
+from linearize.recipe_stages import Distill, Finetune, Lora, Transfer
 from linearize.stages import RUNNERS, speed
 from linearize.stages.base import _accumulate
 

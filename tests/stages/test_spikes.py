@@ -9,7 +9,7 @@ import torch
 
 from linearize import checkpoint
 from linearize.errors import LinearizeError
-from linearize.recipe import Finetune, Transfer
+from linearize.recipe_stages import Finetune, Transfer
 from linearize.stages import Run, run_stage
 from linearize.stages.base import Progress
 from linearize.stages.finetune import FinetuneRunner

@@ -9,7 +9,9 @@ from linearize.data import Corpus, PackedRows
 from linearize.data.masking import Masking, mask_rows
 from linearize.errors import LinearizeError
 from linearize.modeling.classes import packed_inputs
-from linearize.recipe import Distill, Finetune, Lora, Mixer, Optimizer, Recipe, Stage, Transfer
+from linearize.recipe import Recipe
+from linearize.recipe_mixer import Mixer
+from linearize.recipe_stages import Distill, Finetune, Lora, Optimizer, Stage, Transfer
 from linearize.stages import run_stage
 from linearize.stages.base import Progress, learning_rate, train
 from linearize.stages.distill import DistillRunner

@@ -12,7 +12,8 @@ from linearize import checkpoint
 from linearize.errors import LinearizeError
 from linearize.eval import TeacherReference, evaluate
 from linearize.layered import LayeredTeacher
-from linearize.recipe import Lora, Mixer, Optimizer, Transfer
+from linearize.recipe_mixer import Mixer
+from linearize.recipe_stages import Lora, Optimizer, Transfer
 from linearize.registry import families
 from linearize.stages import Run, run_stage
 from linearize.stages.streamed import Stream, convert_layers

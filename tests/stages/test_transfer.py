@@ -7,7 +7,9 @@ import torch
 
 from linearize.errors import LinearizeError
 from linearize.mixers.context import sequence_context
-from linearize.recipe import Lora, Mixer, Optimizer, Recipe, Transfer
+from linearize.recipe import Recipe
+from linearize.recipe_mixer import Mixer
+from linearize.recipe_stages import Lora, Optimizer, Transfer
 from linearize.registry import families
 from linearize.stages import base, run_stage
 from linearize.stages.transfer import TransferRunner

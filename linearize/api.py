@@ -411,7 +411,8 @@ def _stages(
     for index, (name, settings, turn) in enumerate(stage_names(recipe)):
         if surgery is not None and recipe.progressive > 1:
             surgery.activate(layer for earlier in range(turn + 1) for layer in recipe.joining(converted, earlier))
-        own = replace(run, corpus=pairs.get(name, corpus), teacher_copy=needs_teacher_copy(recipe, model.config, index))
+        given = pairs.get(name) or corpus.with_length(settings.row_length(recipe.data.length))
+        own = replace(run, corpus=given, teacher_copy=needs_teacher_copy(recipe, model.config, index))
         if surgery is not None and isinstance(settings, Transfer):
             own.surgery = surgery.only(recipe.joining(converted, turn))
         spent = run_stage(settings, own, name)
@@ -473,8 +474,9 @@ class Rows:
 def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALONE) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
     stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
-    budget = sum(stage.steps(job.recipe.data.length) * stage.batch for stage in stages)
-    tokens = max(1, budget) * job.recipe.data.length
+    lengths = [stage.row_length(job.recipe.data.length) for stage in stages]
+    budget = sum(stage.steps(length) * stage.batch * length for stage, length in zip(stages, lengths, strict=True))
+    tokens = max(job.recipe.data.length, budget)
     masked = not job.recipe.causal
     build = partial(build_corpus, job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=masked)
     if is_lazy(job.recipe.data):
@@ -485,9 +487,9 @@ def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALO
 def _pairs(job: Job, tokenizer: Any, work: Path, processes: Processes) -> dict[str, Corpus]:
     """The pairs of each preference stage, by its name."""
     found: dict[str, Corpus] = {}
-    length = job.recipe.data.length
     for name, stage, _ in stage_names(job.recipe):
         if isinstance(stage, Preference):
+            length = stage.row_length(job.recipe.data.length)
             count = stage.steps(length) * stage.batch
             build = partial(build_preferences, stage, tokenizer, length=length, pairs=count, seed=job.seed)
             found[name] = _kept(work / f"data-{name}", build, processes)

@@ -176,7 +176,7 @@ def make_plan(
     stages = tuple(_stage(recipe, i, network, mixers, dtype, streamed) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
-    answers = sum(_kept_bytes(stage, recipe.data.length) for _, stage in recipe.schedule())
+    answers = sum(_kept_bytes(stage, stage.row_length(recipe.data.length)) for _, stage in recipe.schedule())
     states = streamed.states if streamed is not None and streamed.on_disk else 0
     undecided = isinstance(asked.exact_heads, ExactHeads)
     shown = recipe.model_copy(update={"exact_heads": []}) if undecided else recipe
@@ -464,8 +464,9 @@ def _stream_plan(recipe: Recipe, network: Any, part: range | None) -> StreamPlan
     embedding, *sizes = (_bytes(module) for module in [network.get_input_embeddings(), *layers_of(network)])
     head = _bytes(network) - _bytes(network.get_decoder())
     blocks = [sum(sizes[i : i + stage.block]) for i in range(0, len(sizes), stage.block)]
-    rows = stage.steps(recipe.data.length) * stage.batch + (0 if part else 3 * recipe.data.held_out)
-    states = rows * recipe.data.length * config.hidden_size * dtype.itemsize
+    length = stage.row_length(recipe.data.length)
+    tokens = stage.steps(length) * stage.batch * length + (0 if part else 3 * recipe.data.held_out) * recipe.data.length
+    states = tokens * config.hidden_size * dtype.itemsize
     return StreamPlan(max(embedding, head, *blocks), states, states > available_memory() // 2, part)
 
 
@@ -499,7 +500,7 @@ def _stage(
 
         for mixer in mixers.values():
             check_map(mixer)
-    length = recipe.data.length
+    length = stage.row_length(recipe.data.length)
     steps = stage.steps(length)
     weights = Weights.of(network, layers_of(network))
     rows = (stage.micro_batch or stage.batch) * length

@@ -185,10 +185,16 @@ class Recipe(Strict):
                 raise ValueError("a `distill` stage where `mixer` is null starts at its optimum; give `cross_entropy`")
             if self.mixer is None and stage.optimizer.mixer_lr is not None:
                 raise ValueError("`optimizer.mixer_lr` has no effect where `mixer` is null; drop it")
-            if isinstance(stage, Transfer) and stage.maps and self.data.length > MAP_TOKENS:
+            length = stage.row_length(self.data.length)
+            if self.data.length % length:
+                raise ValueError(
+                    f"`length: {length}` of stage `{stage.stage}` does not divide `data.length` ({self.data.length}), "
+                    "whose rows it cuts"
+                )
+            if isinstance(stage, Transfer) and stage.maps and length > MAP_TOKENS:
                 raise ValueError(
                     f"a `transfer` stage has `maps`, whose memory grows with the square of the row: set `data.length` "
-                    f"({self.data.length}) to {MAP_TOKENS} at most, or drop `maps`"
+                    f"({length}), or `length` of the stage, to {MAP_TOKENS} at most, or drop `maps`"
                 )
             if stage.stage == "transfer" and trained:
                 raise ValueError(

@@ -48,10 +48,16 @@ class Lora(Strict):
 
 
 class Stage(Strict):
-    """What every stage has: its token budget (trained tokens), its rows per optimizer step, its optimizer."""
+    """What every stage has: its token budget (trained tokens), its rows per optimizer step, its optimizer.
+
+    Args:
+        length: tokens a row where that is less than `data.length`, which it divides: the rows are cut. So a recipe can
+            spend its last tokens on longer rows than its first.
+    """
 
     tokens: int = Field(1_000_000, ge=1)
     batch: int = Field(8, ge=1)
+    length: int | None = Field(None, ge=8)
     micro_batch: int | None = Field(None, ge=1)
     optimizer: Optimizer = Optimizer()
 
@@ -60,6 +66,10 @@ class Stage(Strict):
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch ({self.micro_batch}) must divide batch ({self.batch})")
         return self
+
+    def row_length(self, longest: int) -> int:
+        """Return the tokens of this stage's rows, where `data.length` is `longest`."""
+        return min(self.length or longest, longest)
 
     def steps(self, length: int) -> int:
         """Return how many optimizer steps the token budget makes with rows of `length` tokens."""

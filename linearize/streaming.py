@@ -75,7 +75,7 @@ def run_streamed(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[s
     rows = Rows(work / "rows.json", watch)
     measured = alone and job.layers is None
     stream = _stream(job, teacher, corpus, work, watch, signals, measure=measured and not rows.complete(job))
-    steps = stream.settings.steps(job.recipe.data.length) * len(stream.rounds())
+    steps = stream.settings.steps(stream.settings.row_length(job.recipe.data.length)) * len(stream.rounds())
     watch({"event": "stage", "stage": NAME, "steps": steps, "ended": False})
     spent = stream.train()
     _write_metrics(stream.metrics(), work / "metrics.jsonl")
@@ -131,7 +131,8 @@ def _stream(
     surgery = _convert(job, teacher, work / START, chosen)
     settings = job.recipe.stages[0]
     assert isinstance(settings, Transfer)
-    run = stage_run(job, teacher.model, surgery, corpus, work, watch, signals)
+    given = corpus.with_length(settings.row_length(job.recipe.data.length))
+    run = stage_run(job, teacher.model, surgery, given, work, watch, signals)
     states = work / STATES if plan.on_disk or (work / STATES).exists() else None
     return Stream(teacher, surgery, settings, run, work / START, chosen, states, measure)
 

@@ -100,6 +100,26 @@ def test_every_stage_in_a_row(teacher, tmp_path) -> None:
     assert not list(tmp_path.rglob("teacher-*"))
 
 
+def test_stages_on_rows_of_their_own_length(teacher, tmp_path) -> None:
+    """The first stage cuts the rows of 64 tokens into four; the last has them whole."""
+    first, last = ({"stage": "finetune", "tokens": tokens, "batch": 2} for tokens in (256, 512))
+    liger = Recipe.from_yaml("liger").model_dump(mode="json")
+    recipe = Recipe.parse({**liger, "stages": [{**first, "length": 16}, last]}, "two")
+    settings = {"data": "builtin", "overrides": ["data.length=64", "data.held_out=2", "data.loss=all"]}
+    assert [stage.steps for stage in plan(teacher, recipe, **settings).stages] == [8, 4]
+    seen: dict[str, list[dict]] = {}
+
+    def watch(event: dict) -> None:
+        if event["event"] == "step":
+            seen.setdefault(event["stage"], []).append(event)
+
+    result = linearize(teacher, recipe, tmp_path / "out", watch=watch, **settings)
+    assert [(len(events), events[-1]["tokens"]) for events in seen.values()] == [(8, 256), (4, 512)]
+    assert [row["tokens"] for row in result.results["rows"]] == [0, 0, 256, 768]
+    corpus = json.loads((result.output / "results.json").read_text())["provenance"]["data"]["description"]
+    assert "12 training rows of 64 tokens (768 from" in corpus
+
+
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_layers_are_replaced_in_rounds(make_teacher, tmp_path, monkeypatch, train: str) -> None:
     """Three layers in two rounds; stopped in either, it ends with the same weights to the bit."""

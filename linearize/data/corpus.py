@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from linearize.data.documents import Document
 from linearize.data.formatting import Encoded, encode
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
-from linearize.data.packing import PackedRows, pack, repeat_passages
+from linearize.data.packing import PackedRows, cut, pack, repeat_passages
 from linearize.data.selection import shuffled, take, take_shared
 from linearize.data.sources import is_lazy, load_documents
 from linearize.errors import LinearizeError
@@ -54,6 +54,10 @@ class Corpus:
         """How training rows are masked; None where tokens are predicted from those before them."""
         found = self.settings.get("masking")
         return Masking(**found) if found else None
+
+    def with_length(self, length: int) -> Corpus:
+        """Return the corpus with its training rows cut to a length that divides theirs."""
+        return dataclasses.replace(self, train=cut(self.train, length))
 
     def save(self, folder: Path) -> None:
         """Write the corpus into `folder` as safetensors and JSON."""

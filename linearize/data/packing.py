@@ -107,6 +107,26 @@ def pack(documents: Sequence[Encoded], length: int) -> PackedRows:
     return PackedRows(tensors[0], tensors[1], tensors[2])
 
 
+def cut(rows: PackedRows, length: int) -> PackedRows:
+    """Cut rows into shorter ones: those that `pack` gives for this length from the same documents.
+
+    Args:
+        rows: [N, T]; where `masked`, labels stand at their own place and stay.
+        length: divides T.
+
+    Returns:
+        Rows [N * T / length, length] without those that have no label; the same object where nothing is to be cut.
+    """
+    if length == rows.length:
+        return rows
+    ids, positions, labels = (tensor.view(-1, length) for tensor in rows.tensors().values())
+    positions = torch.minimum(positions, torch.arange(length, dtype=positions.dtype))
+    if not rows.masked:
+        labels = labels.masked_fill(positions == 0, IGNORE)
+    useful = (labels != IGNORE).any(1)
+    return PackedRows(ids[useful], positions[useful], labels[useful], rows.masked)
+
+
 def repeat_passages(rows: PackedRows, share: float, seed: int) -> PackedRows:
     """Let passages of a text come a second time, so that what looks far back has something to find.
 

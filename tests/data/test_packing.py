@@ -1,11 +1,12 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from linearize.data import batches, pack
 from linearize.data.formatting import IGNORE, Encoded
-from linearize.data.packing import repeat_passages
+from linearize.data.packing import cut, repeat_passages
 
 
 def documents(*sizes):
@@ -45,6 +46,24 @@ def test_inputs_are_int64_copies_for_a_model():
     inputs = pack(documents(4), length=4).inputs()
     assert set(inputs) == {"input_ids", "position_ids", "labels"}
     assert all(tensor.dtype == torch.int64 for tensor in inputs.values())
+
+
+@pytest.mark.parametrize("length", [4, 8, 16])
+def test_rows_that_are_cut_are_those_of_the_shorter_length(length):
+    prompt = Encoded(list(range(60)), [IGNORE] * 40 + list(range(40, 60)))
+    known = [*documents(7, 30, 1, 2, 45), prompt, *documents(15)]
+    rows = pack(known, length=16)
+    short = pack(known, length=length)
+    whole = cut(rows, length)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, short.tensors()[name]), name
+    assert whole.tensors()["labels"].dtype == torch.int32
+    assert cut(rows, 16) is rows
+
+
+def test_rows_with_masks_keep_their_labels_where_they_are_cut():
+    rows = replace(pack(documents(32), length=32), masked=True)
+    assert cut(rows, 8).labels.flatten().tolist() == [IGNORE, *range(1, 32)]
 
 
 def test_passages_come_again_in_half_of_the_rows():

@@ -61,23 +61,9 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(("Result", "linearize", "load", "plan"), "linearize.api"),
     "Plan": "linearize.planning",
-    **dict.fromkeys(
-        (
-            "Data",
-            "Distill",
-            "Finetune",
-            "Lora",
-            "Mixer",
-            "Optimizer",
-            "Part",
-            "Preference",
-            "Quick",
-            "Recipe",
-            "Transfer",
-            "Window",
-        ),
-        "linearize.recipe",
-    ),
+    **dict.fromkeys(("Data", "Quick", "Recipe"), "linearize.recipe"),
+    **dict.fromkeys(("Mixer", "Part", "Window"), "linearize.recipe_mixer"),
+    **dict.fromkeys(("Distill", "Finetune", "Lora", "Optimizer", "Preference", "Transfer"), "linearize.recipe_stages"),
     **dict.fromkeys(
         ("register_combine", "register_feature_map", "register_gate", "register_memory"), "linearize.registry"
     ),

@@ -229,7 +229,7 @@ def choose_memories(recipe: Recipe, scores: ProbeScores, converted: Sequence[int
     """Return the recipe with a memory in those of its converted layers that the probe ranks first, as a list.
 
     Args:
-        recipe: with or without such a choice; no more layers than are converted.
+        recipe: with or without such a choice.
         scores: of the teacher.
         converted: the converted layers.
     """
@@ -237,7 +237,7 @@ def choose_memories(recipe: Recipe, scores: ProbeScores, converted: Sequence[int
     if choice is None:
         return recipe
     ranked = [layer for layer in scores.rank_layers(choice.by) if layer in converted]
-    return recipe.with_memories(sorted(ranked[: choice.keep]))
+    return recipe.with_memories(sorted(ranked[: choice.count(len(converted))]))
 
 
 def choose_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: Sequence[int] | None = None) -> Recipe:

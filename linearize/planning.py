@@ -205,20 +205,11 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     scores.check(config, recipe, recipe.probe.file or "The probe")
     recipe = choose_layers(recipe, scores, family_of(config).convertible(config))
     converted = converted_layers(recipe, config)
-    _check_memories(recipe, converted)
     recipe = choose_memories(recipe, scores, converted)
     count = count_heads(recipe, config, dtype)
     chosen = choose_heads(recipe, scores, count, converted)
     divergences = {int(size): values for size, values in scores.windows.items()}
     return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(divergences, tokens, converted))
-
-
-def _check_memories(recipe: Recipe, converted: list[int]) -> None:
-    choice = recipe.memory_choice
-    if choice is not None and choice.keep > len(converted):
-        raise LinearizeError(
-            f"`mixer.memory_layers.keep` is {choice.keep}; {len(converted)} layers are converted. Lower it, or use all."
-        )
 
 
 def _fill_windows(
@@ -274,9 +265,8 @@ def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
     probe, and windows of one size in the place of those that a budget allows.
     """
     converted = converted_layers(recipe, config)
-    _check_memories(recipe, converted)
     if recipe.memory_choice is not None:
-        recipe = recipe.with_memories(converted[: recipe.memory_choice.keep])
+        recipe = recipe.with_memories(converted[: recipe.memory_choice.count(len(converted))])
     if isinstance(recipe.exact_heads, ExactHeads):
         places = [(layer, head) for head in range(_groups(config)) for layer in converted]
         chosen = places[: count_heads(recipe, config, dtype)]

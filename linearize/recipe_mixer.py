@@ -127,12 +127,16 @@ class MemoryLayers(Strict):
     """How many layers have a memory; a probe chooses them.
 
     Args:
-        keep: how many.
+        keep: share of the converted layers; at least one has a memory.
         by: the probe's measure of what a layer loses on the window alone.
     """
 
-    keep: int = Field(ge=1)
+    keep: float = Field(gt=0, lt=1)
     by: Measure = "recall"
+
+    def count(self, layers: int) -> int:
+        """Return how many of so many converted layers have a memory."""
+        return min(layers, max(1, round(self.keep * layers)))
 
 
 NonNegative: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
@@ -154,7 +158,7 @@ class Mixer(Strict):
         k_map_heads: the memory, with its key feature map, gate and state, is one per KV head, or one per query head
             (LoLCATs and The Mamba in the Llama to the letter).
         memory_layers: which of the converted layers have a memory: all, a list, or as many as a probe chooses,
-            `{keep: 5, by: recall}`. The others have the window alone.
+            `{keep: 0.2, by: recall}`. The others have the window alone.
     """
 
     feature_map: Part = Part(name="identity")

@@ -397,7 +397,7 @@ MEMORY = ["mixer.combine=learned", "mixer.memory=additive", "mixer.feature_map=s
 def test_a_memory_where_the_probe_finds_recall(teacher, tmp_path):
     """One layer has a memory, the other two have the window alone; it trains, decodes, and is silenced as any other."""
     stages = "stages=[{stage: transfer, tokens: 128, batch: 1}, {stage: finetune, tokens: 128, batch: 1}]"
-    choice = "mixer.memory_layers={keep: 1, by: recall}"
+    choice = "mixer.memory_layers={keep: 0.3, by: recall}"
     settings = {"overrides": [*SMALL, *MEMORY, "exact_heads=[]", choice, stages]}
     assert "softmax" in [layer.memory.split(",")[0] for layer in plan(teacher, "untrained", **settings).layers]
     out = linearize(teacher, "untrained", tmp_path / "out", **settings).output
@@ -426,8 +426,8 @@ def test_what_memory_layers_cannot_mean(teacher, random_teacher, tmp_path):
 
     one, two, every = (asked(f"mixer.memory_layers={layers}").cache_share for layers in ("[1]", "[0, 1]", "all"))
     assert every - two == pytest.approx(two - one)
-    with pytest.raises(LinearizeError, match=r"memory_layers\.keep` is 4; 3 layers"):
-        asked("mixer.memory_layers={keep: 4}")
+    shares = {keep: asked(f"mixer.memory_layers={{keep: {keep}}}").cache_share for keep in (0.01, 0.3, 0.6, 0.99)}
+    assert shares == {0.01: one, 0.3: one, 0.6: two, 0.99: every}
     with pytest.raises(LinearizeError, match=r"names layer 0, which is not converted"):
         asked("mixer.memory_layers=[0]", "layers=[1, 2]")
     with pytest.raises(LinearizeError, match="does not use both a window and a memory"):

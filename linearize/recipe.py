@@ -100,9 +100,6 @@ class Data(Strict):
         length: tokens a row.
         held_out: rows kept for evaluation.
         streaming: read the source row by row instead of all at once.
-        repeat_passages: share of the training rows in which passages of the text come a second time
-            (`linearize.data.packing.repeat_passages`), so that what copies from far back is trained; text alone hardly
-            asks for it.
     """
 
     source: str | list[str] = "builtin"
@@ -112,7 +109,6 @@ class Data(Strict):
     length: int = Field(1024, ge=8)
     held_out: int = Field(32, ge=1)
     streaming: bool = False
-    repeat_passages: float = Field(0.0, ge=0, le=1)
 
 
 class Quick(Strict):
@@ -477,8 +473,7 @@ class Recipe(Strict):
     def with_quick(self) -> Recipe:
         """Return a copy cut down to the sizes of its `quick` section, on builtin data: minutes on a CPU."""
         tree = _tree(self)
-        passages = self.data.repeat_passages
-        tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out, repeat_passages=passages))
+        tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
         for stage in tree["stages"]:
             stage["batch"], stage["micro_batch"] = self.quick.batch, 1
             if stage["stage"] == "preference":

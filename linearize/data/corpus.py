@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from linearize.data.documents import Document
 from linearize.data.formatting import Encoded, encode
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
-from linearize.data.packing import PackedRows, cut, pack, repeat_passages
+from linearize.data.packing import PackedRows, cut, pack
 from linearize.data.selection import shuffled, take, take_shared
 from linearize.data.sources import is_lazy, load_documents
 from linearize.errors import LinearizeError
@@ -146,8 +146,6 @@ def describe(
     """Return a corpus in one line."""
     source = data.source if isinstance(data.source, str) else ", ".join(data.source)
     repeats = f", repeated for {epochs:.1f} epochs" if epochs > 1 else ""
-    if data.repeat_passages:
-        repeats += f", passages twice in up to {data.repeat_passages:.0%} of the rows"
     return (
         f"{source}: {len(train)} training rows of {data.length} tokens ({train.tokens:,} from {documents:,} "
         f"documents{repeats}); {len(held_out)} held-out rows ({held_out.tokens:,} from {held_documents:,} other "
@@ -217,14 +215,14 @@ def build_corpus(
             "between training and evaluation)."
         )
     documents = take(encoded, rows, data.length)
-    train = repeat_passages(pack(documents, data.length)[:rows], data.repeat_passages, seed)
+    train = pack(documents, data.length)[:rows]
     if not len(train):
         raise LinearizeError(
             f"Not enough text to train on: the {len(documents)} documents that are not held out do not fill one row of "
             f"{data.length} tokens (`data.length`). Lower `data.length` or `data.held_out`, or give more text."
         )
     settings = {
-        **data.model_dump(include={"format", "loss", "length", "held_out", "split", "repeat_passages"}),
+        **data.model_dump(include={"format", "loss", "length", "held_out", "split"}),
         "seed": seed,
     }
     if masked:

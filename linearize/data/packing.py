@@ -5,7 +5,6 @@ Shapes: N rows, T tokens a row, B rows a batch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +13,6 @@ import torch
 from torch import Tensor
 
 from linearize.data.formatting import IGNORE, Encoded
-
-PASSAGE = (8, 64)  # tokens of a passage that comes again
-SLOT = 128  # of the second half of a document; one passage in each
-PASSAGES_STREAM = 7  # which random numbers, of those that a seed gives
 
 
 @dataclass(frozen=True)
@@ -125,42 +120,6 @@ def cut(rows: PackedRows, length: int) -> PackedRows:
         labels = labels.masked_fill(positions == 0, IGNORE)
     useful = (labels != IGNORE).any(1)
     return PackedRows(ids[useful], positions[useful], labels[useful], rows.masked)
-
-
-def repeat_passages(rows: PackedRows, share: float, seed: int) -> PackedRows:
-    """Let passages of a text come a second time, so that what looks far back has something to find.
-
-    In each 128 tokens of the second half of a row's longest document, a random passage of 8 to 64 tokens gives way to
-    one from anywhere before it. Nothing is asked of the first token of a passage nor of the first behind it, which
-    nobody could know. A row whose longest document has fewer than 256 tokens stays as it is.
-
-    Args:
-        rows: of text, [N, T].
-        share: of the rows, chosen at random.
-        seed: of all choices.
-
-    Returns:
-        The rows, [N, T]; the same object where `share` is 0.
-    """
-    if not share:
-        return rows
-    random = np.random.default_rng([seed, PASSAGES_STREAM])
-    ids, labels = rows.input_ids.clone().numpy(), rows.labels.clone().numpy()
-    for row in np.flatnonzero(random.random(len(rows)) < share):
-        starts = [*np.flatnonzero(rows.position_ids[row].numpy() == 0), rows.length]
-        begin, end = max(itertools.pairwise(starts), key=lambda pair: pair[1] - pair[0])
-        if end - begin < 2 * SLOT:
-            continue
-        original = rows.input_ids[row].numpy()
-        for slot in range((begin + end) // 2, end - SLOT + 1, SLOT):
-            size = int(random.integers(PASSAGE[0], PASSAGE[1] + 1))
-            place = int(random.integers(slot, slot + SLOT - size))
-            source = int(random.integers(begin, place - size + 1))
-            again = slice(place, place + size)
-            ids[row, again] = original[source : source + size]
-            labels[row, again] = np.where(labels[row, again] == IGNORE, IGNORE, ids[row, again])
-            labels[row, [place, place + size]] = IGNORE  # a slot is longer than its passage
-    return PackedRows(torch.from_numpy(ids), rows.position_ids, torch.from_numpy(labels), rows.masked)
 
 
 def batches(rows: PackedRows, batch: int, seed: int, start_step: int = 0) -> Iterator[PackedRows]:

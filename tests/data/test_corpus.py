@@ -75,17 +75,6 @@ def test_short_text_repeats_and_says_how_often(source, tokenizer):
     assert f"repeated for {epochs:.1f} epochs" in corpus.description
 
 
-def test_passages_repeat_in_training_rows_alone(source, tokenizer):
-    plain = build_corpus(data(source, length=512, held_out=2), tokenizer, train_tokens=4096, seed=0)
-    again = build_corpus(
-        data(source, length=512, held_out=2, repeat_passages=1.0), tokenizer, train_tokens=4096, seed=0
-    )
-    assert torch.equal(plain.held_out.input_ids, again.held_out.input_ids)
-    twice = "passages twice in up to 100% of the rows"
-    assert twice in again.description and twice not in plain.description
-    assert again.fingerprint != plain.fingerprint
-
-
 def test_the_fingerprint_covers_rows_and_settings(source, tokenizer):
     def fingerprint(train_tokens=640, seed=0, **settings):
         return build_corpus(data(source, **settings), tokenizer, train_tokens=train_tokens, seed=seed).fingerprint

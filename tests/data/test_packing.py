@@ -6,7 +6,7 @@ import torch
 
 from linearize.data import batches, pack
 from linearize.data.formatting import IGNORE, Encoded
-from linearize.data.packing import cut, repeat_passages
+from linearize.data.packing import cut
 
 
 def documents(*sizes):
@@ -64,62 +64,6 @@ def test_rows_that_are_cut_are_those_of_the_shorter_length(length):
 def test_rows_with_masks_keep_their_labels_where_they_are_cut():
     rows = replace(pack(documents(32), length=32), masked=True)
     assert cut(rows, 8).labels.flatten().tolist() == [IGNORE, *range(1, 32)]
-
-
-def test_passages_come_again_in_half_of_the_rows():
-    rows = pack(documents(1024 * 400), length=1024)  # each token once: a second one is of a passage
-    again = repeat_passages(rows, 0.5, seed=3)
-    changed = (again.input_ids != rows.input_ids).any(1)
-    assert 150 < int(changed.sum()) < 250
-    assert torch.equal(again.labels[~changed], rows.labels[~changed])
-    assert torch.equal(again.position_ids, rows.position_ids)
-    shares, distances = [], []
-    for row in changed.nonzero().flatten().tolist():
-        ids, before, labels = again.input_ids[row], rows.input_ids[row], again.labels[row]
-        copied = (ids != before).nonzero().flatten()
-        assert int(copied.min()) >= 512  # only the second half changes
-        distance = before[copied] - ids[copied]  # tokens count up, so that is how far back each stood
-        assert bool((distance > 0).all()) and bool((ids[copied] >= before[0]).all())
-        starts = torch.cat([torch.tensor([True]), (copied.diff() != 1) | (distance.diff() != 0)])
-        assert int(starts.sum()) == 4
-        ends = torch.cat([starts[1:], torch.tensor([True])])
-        sizes = copied[ends] - copied[starts] + 1
-        assert int(sizes.min()) >= 8 and int(sizes.max()) <= 64
-        # Nothing is asked of the first token of a passage, nor of the first behind it; all else is as it reads.
-        unasked = torch.cat([copied[starts], copied[ends] + 1])
-        assert bool((labels[unasked] == IGNORE).all())
-        asked = torch.ones(1024, dtype=torch.bool)
-        asked[unasked] = False
-        asked[0] = False
-        assert torch.equal(labels[asked], ids[asked])
-        shares.append(len(copied) / 1024)
-        distances += distance.tolist()
-    assert 0.1 < sum(shares) / len(shares) < 0.18
-    assert sum(distance > 256 for distance in distances) > len(distances) / 2
-
-
-def test_passages_stay_in_their_document_and_short_ones_are_left():
-    rows = pack(documents(100, 300, 112, 250, 262), length=512)
-    again = repeat_passages(rows, 1.0, seed=0)
-    changed = again.input_ids != rows.input_ids
-    assert changed.any(1).tolist() == [True, True]
-    assert not changed[0, :250].any() and not changed[0, 400:].any()  # the document of 300 tokens, its second half
-    assert int(again.input_ids[0, 100:400].min()) >= 100
-    assert int(again.input_ids[1, 250:].min()) >= 512 + 250 and not changed[1, : 250 + 131].any()
-    short = pack(documents(255, 257), length=512)
-    assert not (repeat_passages(short, 1.0, seed=0).input_ids != short.input_ids)[:, :255].any()
-    assert torch.equal(
-        repeat_passages(pack(documents(255, 255), 510), 1.0, 0).input_ids, pack(documents(510), 510).input_ids
-    )
-
-
-def test_passages_follow_the_seed_and_leave_prompts_unasked():
-    rows = pack(documents(4096), length=512)
-    one, same, other = (repeat_passages(rows, 1.0, seed).input_ids for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert repeat_passages(rows, 0.0, seed=1) is rows
-    prompt = pack([Encoded(list(range(512)), [IGNORE] * 400 + list(range(400, 512)))], length=512)
-    assert bool((repeat_passages(prompt, 1.0, seed=0).labels[0, :400] == IGNORE).all())
 
 
 def first_steps(rows, batch, seed, start, steps):

@@ -551,7 +551,9 @@ def plan_probed(
         chosen, model.config, model=job.source.name, dtype=job.dtype, stream=job.stream_layers, part=job.layers
     )
     windows = chosen.mixer.window.size if recipe.window_budget and chosen.mixer and chosen.mixer.window else None
-    watch({"event": "probed", "heads": chosen.exact_heads, "layers": chosen.layers, "windows": windows})
+    memories = chosen.mixer.memory_layers if recipe.memory_choice and chosen.mixer else None  # a list, or "all"
+    told = {"heads": chosen.exact_heads, "layers": chosen.layers, "windows": windows, "memories": memories}
+    watch({"event": "probed", **told})
     return replace(job, plan=plan), scores
 
 

@@ -93,6 +93,9 @@ class RunDisplay:
             self.console.print(f"Exact KV heads (layer, head): {heads or 'none'}")
             if event["windows"] is not None:
                 self.console.print(f"Windows, by layer: {' '.join(map(str, event['windows']))}")
+            if event["memories"] is not None:
+                layers = event["memories"] if event["memories"] != "all" else ["none"]  # where all heads are exact
+                self.console.print(f"Layers with a memory: {' '.join(map(str, layers))}")
         elif kind == "save":
             self.console.print("Writing the checkpoint and the report")
 
@@ -123,7 +126,9 @@ class RunDisplay:
 
 def probe_table(scores: ProbeScores, count: int = 10) -> Table:
     """Return the heads that are worst to lose, by each measure of the probe."""
-    table = Table("", *MEASURES, title=f"{escape(scores.model)}: (layer, KV head) worst to lose first")
+    together = " ".join(f"({layer},{head})" for layer, head in scores.joint[:count])
+    caption = f"together: {together}" if together else None
+    table = Table("", *MEASURES, title=f"{escape(scores.model)}: (layer, KV head) worst to lose first", caption=caption)
     ranked = {by: scores.rank_heads(by)[:count] for by in MEASURES}
     values = {(unit.layer, unit.head): unit for unit in scores.heads()}
     for place in range(min(count, len(values))):

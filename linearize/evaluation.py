@@ -109,7 +109,8 @@ def evaluate_folder(
         "suite": chosen.settings(),
         "texts": [text.row() for text in texts],
         "task_data": _fingerprints(answers),
-        "numbers": [str(kind), where.type, tokens, seed],
+        "numbers": [str(kind), tokens, seed],
+        "machine": workspace.machine(where.type, ("lm_eval",)),
         "models": [_identity(place) for place in (against or settings["model"], path, *(folder for folder, _ in kept))],
     }
     bench = Bench(chosen, texts, tokenizer, seed, answers, tokens, Kept(report / UNFINISHED, depends))
@@ -143,7 +144,7 @@ def evaluate_folder(
                 "seed": seed,
                 "run": {"seed": settings["seed"], "revision": settings.get("revision")},
                 "task_data": _fingerprints(answers),
-                "seconds": round(time.time() - began, 1),
+                "seconds": round(time.time() - began + bench.kept.spared, 1),
             },
         }
     )

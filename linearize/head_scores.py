@@ -7,7 +7,7 @@ gives up exact softmax for the window.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class ProbeScores:
         if isinstance(recipe.exact_heads, ExactHeads) and recipe.exact_heads.by == "joint" and not self.joint:
             raise LinearizeError(
                 f"{where} scored heads one at a time, and the recipe chooses them by `joint`. Make it anew with "
-                "`linearize probe --recipe`."
+                "`linearize probe --recipe`, and --fresh or another --output."
             )
         budget = recipe.window_budget
         if budget is not None and [int(size) for size in self.windows] != budget.among:
@@ -225,19 +225,22 @@ def choose_layers(recipe: Recipe, scores: ProbeScores, offered: Sequence[int] | 
     return recipe.model_copy(update={"layers": [layer for layer in among if layer not in kept]})
 
 
-def choose_memories(recipe: Recipe, scores: ProbeScores, converted: Sequence[int]) -> Recipe:
+def choose_memories(
+    recipe: Recipe, scores: ProbeScores, converted: Sequence[int], exact: Collection[int] = ()
+) -> Recipe:
     """Return the recipe with a memory in those of its converted layers that the probe ranks first, as a list.
 
     Args:
         recipe: with or without such a choice.
         scores: of the teacher.
         converted: the converted layers.
+        exact: those among them whose heads are all exact, which leaves nothing to a memory.
     """
     choice = recipe.memory_choice
     if choice is None:
         return recipe
-    ranked = [layer for layer in scores.rank_layers(choice.by) if layer in converted]
-    return recipe.with_memories(sorted(ranked[: choice.count(len(converted))]))
+    ranked = [layer for layer in scores.rank_layers(choice.by) if layer in converted and layer not in exact]
+    return recipe.with_memories(sorted(ranked[: choice.count(len(converted))]) or "all")
 
 
 def choose_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: Sequence[int] | None = None) -> Recipe:

@@ -180,6 +180,7 @@ def make_plan(
     states = streamed.states if streamed is not None and streamed.on_disk else 0
     undecided = isinstance(asked.exact_heads, ExactHeads)
     shown = recipe.model_copy(update={"exact_heads": []}) if undecided else recipe
+    shown = shown if asked.memory_choice is None else shown.with_memories([])
     return Plan(
         recipe=asked,
         model=model,
@@ -205,11 +206,21 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     scores.check(config, recipe, recipe.probe.file or "The probe")
     recipe = choose_layers(recipe, scores, family_of(config).convertible(config))
     converted = converted_layers(recipe, config)
-    recipe = choose_memories(recipe, scores, converted)
-    count = count_heads(recipe, config, dtype)
-    chosen = choose_heads(recipe, scores, count, converted)
+    count = count_heads(choose_memories(recipe, scores, converted), config, dtype)
+    chosen = _with_heads(recipe, scores, count, converted, _groups(config))
+    budget = recipe.exact_heads.cache if isinstance(recipe.exact_heads, ExactHeads) else None
+    while budget is not None and count and _share_of(chosen, config, dtype, _pairs(chosen)) > budget:
+        count -= 1  # heads of a layer with a memory cost less than `count_heads` takes them to
+        chosen = _with_heads(recipe, scores, count, converted, _groups(config))
     divergences = {int(size): values for size, values in scores.windows.items()}
     return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(divergences, tokens, converted))
+
+
+def _with_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: list[int], groups: int) -> Recipe:
+    """Return the recipe with so many exact heads, and its memories in layers of which some heads are not exact."""
+    chosen = choose_heads(recipe, scores, count, converted)
+    kept = [layer for layer, _ in _pairs(chosen)]
+    return choose_memories(chosen, scores, converted, {layer for layer in kept if kept.count(layer) == groups})
 
 
 def _fill_windows(
@@ -266,7 +277,7 @@ def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
     """
     converted = converted_layers(recipe, config)
     if recipe.memory_choice is not None:
-        recipe = recipe.with_memories(converted[: recipe.memory_choice.count(len(converted))])
+        recipe = recipe.with_memories(converted[-recipe.memory_choice.count(len(converted)) :])
     if isinstance(recipe.exact_heads, ExactHeads):
         places = [(layer, head) for head in range(_groups(config)) for layer in converted]
         chosen = places[: count_heads(recipe, config, dtype)]
@@ -664,6 +675,9 @@ def _exact_words(plan: Plan) -> Iterator[str]:
         by = f", chosen by {recipe.exact_heads.by}" if isinstance(recipe.exact_heads, ExactHeads) else ""
         cache = f"; cache {plan.cache_share:.1%} of the teacher's in bf16 at 8K" if plan.cache else ""
         yield f"exact KV heads {plan.exact_heads}{by}{cache}"
+    if recipe.memory_choice is not None:
+        choice = recipe.memory_choice
+        yield f"a memory in {choice.keep:.0%} of the converted layers, chosen by {choice.by}"
     if recipe.probed:
         yield "a probe of the teacher chooses before surgery (`linearize probe` alone; then probe.file=.../probe.json)"
 

@@ -6,9 +6,10 @@ input: the teacher runs once and its hidden states are kept, a layer's exact and
 and the candidates run as one batch through the layers above. So the whole costs about half of (heads + layers) forward
 passes.
 
-Heads that stand in for one another are worth nothing one at a time. So `joint` begins with the heads worst to lose
-alone, everything else on the window, and gives them up again, least loss first (backward elimination); the others run
-as before, from that student and not from the teacher.
+Heads that stand in for one another are worth less one at a time than together. So `joint` begins with the heads worst
+to lose alone, all others of the converted layers on the window, and gives them up again, least loss first (backward
+elimination); candidates run as before, from that student and not from the teacher. Heads whose loss alone shows nothing
+at all are not among those that it begins with.
 
 Legend: B samples, T tokens, H query heads, G KV heads, D hidden size, C candidates of a layer, P places with logits,
 V vocabulary.
@@ -17,9 +18,10 @@ V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from linearize.errors import LinearizeError
 from linearize.eval.logits import evaluation_mode
 from linearize.eval.recall import TASKS, RecallTask, Sample, batches, make_samples, sample_scores, tensors
-from linearize.head_scores import ProbeScores, UnitScore, probe_window, with_halo
+from linearize.head_scores import ProbeScores, UnitScore, choose_layers, probe_window, with_halo
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext
 from linearize.modeling.classes import family_of, layers_of
@@ -38,7 +40,8 @@ from linearize.recipe_mixer import Mixer, Part, Window
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 32768}
 PROSE_PLACES = 48  # tokens of a sample at which language is measured
 QUESTION = 64  # tokens between the last fact and the answer, so that no window reaches from one to the other
-TOGETHER = 5  # `joint` tries one head in so many, those whose recall is worst to lose
+TOGETHER = 5  # `joint` tries one head in so many, those whose recall is worst to lose,
+SPARE = 2  # or so many for each that may be chosen, where that is more,
 STEP = 8  # and gives up one in so many of what is left at a time, at least one
 
 Progress = Callable[[int, int], None]
@@ -106,18 +109,12 @@ def run_probe(
     samples = probe_samples(recipe, tokenizer, getattr(model.config, "max_position_embeddings", None), seed)
     window = probe_window(recipe)
     teacher, units = score_units(model, samples, window, progress)
-    joint: tuple[tuple[int, int], ...] = ()
-    if isinstance(recipe.exact_heads, ExactHeads) and recipe.exact_heads.by == "joint":
-        ranked = sorted((unit for unit in units if unit.head is not None), key=lambda unit: -unit.recall)
-        heads = [(unit.layer, unit.head) for unit in ranked[: max(1, len(ranked) // TOGETHER)] if unit.head is not None]
-        half = max(probe_lengths(recipe)) // 2
-        joint = rank_together(model, [pair for pair in samples if len(pair[0].prompt_ids) > half], window, heads)
     budget = recipe.window_budget
     windows: dict[str, list[float]] = {}
     if budget is not None:  # at the smallest size, the heads' own, whole layers are scored already
         windows[str(window["size"])] = [unit.kl for unit in units if unit.head is None]
         windows |= {str(size): score_layers(model, samples, {**window, "size": size}) for size in budget.among[1:]}
-    return ProbeScores(
+    scores = ProbeScores(
         model=name,
         layers=model.config.num_hidden_layers,
         kv_heads=family_of(model.config).heads(None, model.config)[1],
@@ -125,10 +122,23 @@ def run_probe(
         samples=sample_settings(recipe, seed),
         teacher=teacher,
         units=units,
-        joint=joint,
         windows=windows,
-        seconds=round(time.perf_counter() - began, 1),
     )
+    asked = recipe.exact_heads
+    if isinstance(asked, ExactHeads) and asked.by == "joint":
+        offered = family_of(model.config).convertible(model.config)
+        layers = [
+            layer
+            for layer in choose_layers(recipe, scores, offered).converted_layers(scores.layers)
+            if layer in offered
+        ]
+        heads = [pair for pair in scores.rank_heads("recall") if pair[0] in layers]
+        most = asked.keep or math.ceil((asked.cache or 0) * len(heads))
+        half = max(probe_lengths(recipe)) // 2
+        longest = [pair for pair in samples if len(pair[0].prompt_ids) > half]
+        tried = heads[: max(len(heads) // TOGETHER, SPARE * most)]
+        scores = replace(scores, joint=rank_together(model, longest, window, tried, layers))
+    return replace(scores, seconds=round(time.perf_counter() - began, 1))
 
 
 def score_units(
@@ -193,30 +203,36 @@ def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dic
 
 
 def rank_together(
-    model: Any, samples: Sequence[tuple[Sample, bool]], window: dict[str, int], heads: Sequence[tuple[int, int]]
+    model: Any,
+    samples: Sequence[tuple[Sample, bool]],
+    window: dict[str, int],
+    heads: Sequence[tuple[int, int]],
+    layers: Sequence[int] | None = None,
 ) -> tuple[tuple[int, int], ...]:
     """Order KV heads by what they are worth together: backward elimination from a student that has no other exact head.
 
     Args:
         model: the teacher.
         samples: see `score_units`.
-        window: `size` and `sinks` of every other head.
+        window: `size` and `sinks` of every other head of these layers.
         heads: (layer, KV head) to begin with.
+        layers: those that are converted, all by default; the others keep all their heads.
 
     Returns:
         The same heads; the last to be given up, the one without which recall is lost, comes first.
     """
     attention, kept = _Branches(model, window), list(heads)
+    converted = range(attention.layers) if layers is None else layers
     given_up: list[tuple[int, int]] = []
     pending = list(_batches(samples, _room(model, attention.groups)))
     with evaluation_mode(model):
         while kept:
             tallies = {pair: _Tally() for pair in kept}
-            exact = [frozenset(head for at, head in kept if at == layer) for layer in range(attention.layers)]
+            exact = {layer: frozenset(head for at, head in kept if at == layer) for layer in converted}
             for chosen in pending:
                 with attention.student(model, exact):
                     batch = _Batch(model, chosen)
-                    for layer, heads_here in enumerate(exact):
+                    for layer, heads_here in exact.items():
                         if not heads_here:
                             continue
                         without = [heads_here - {head} for head in sorted(heads_here)]
@@ -294,11 +310,11 @@ class _Branches:
         return frozenset() if unit is None else frozenset(range(self.groups)) - {unit}
 
     @contextlib.contextmanager
-    def student(self, model: Any, exact: Sequence[frozenset[int]]) -> Iterator[None]:
-        """Let the model have these exact KV heads in each layer, all others on the window, while the context lasts."""
+    def student(self, model: Any, exact: dict[int, frozenset[int]]) -> Iterator[None]:
+        """Let these layers of the model have these exact KV heads, all others on the window, for a while."""
         family, decoder = family_of(model.config), model.get_decoder()
         with contextlib.ExitStack() as stack:
-            for layer, heads in enumerate(exact):
+            for layer, heads in exact.items():
                 stand_in = _Candidates(self.exact[layer], self.windowed[layer], [heads])
                 stack.enter_context(_forward_of(family.module(decoder, layer), stand_in.forward))
             yield

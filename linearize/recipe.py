@@ -315,7 +315,7 @@ class Recipe(Strict):
         layers = None if self.mixer is None else self.mixer.memory_layers
         return layers if isinstance(layers, MemoryLayers) else None
 
-    def with_memories(self, layers: list[int]) -> Recipe:
+    def with_memories(self, layers: list[int] | Literal["all"]) -> Recipe:
         """Return the recipe with a memory in these layers."""
         assert self.mixer is not None
         return self.model_copy(update={"mixer": self.mixer.model_copy(update={"memory_layers": layers})})
@@ -475,7 +475,7 @@ class Recipe(Strict):
         tree = _tree(self)
         tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
         for stage in tree["stages"]:
-            stage["batch"], stage["micro_batch"] = self.quick.batch, 1
+            stage["batch"], stage["micro_batch"], stage["length"] = self.quick.batch, 1, None
             if stage["stage"] == "preference":
                 stage.update(source="builtin", split="train", format="auto")
         tree["probe"]["samples"] = 1

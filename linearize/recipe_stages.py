@@ -69,7 +69,7 @@ class Stage(Strict):
 
     def row_length(self, longest: int) -> int:
         """Return the tokens of this stage's rows, where `data.length` is `longest`."""
-        return min(self.length or longest, longest)
+        return self.length or longest
 
     def steps(self, length: int) -> int:
         """Return how many optimizer steps the token budget makes with rows of `length` tokens."""

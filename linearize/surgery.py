@@ -175,8 +175,9 @@ def convert(
     sizes = (mixer.get("window") or {}).get("size")
     if isinstance(sizes, list) and len(sizes) != count:
         raise LinearizeError(f"`mixer.window.size` names {len(sizes)} sizes; the model has {count} layers.")
-    memories = mixer.get("memory_layers", "all")
-    wrong = [layer for layer in memories if layer not in chosen] if isinstance(memories, list) else []
+    named = mixer.get("memory_layers", "all")
+    memories = named if isinstance(named, list) else []
+    wrong = [layer for layer in memories if layer not in chosen]
     if wrong:
         raise LinearizeError(
             f"`mixer.memory_layers` names layer {wrong[0]}, which is not converted (converted: {chosen})."
@@ -188,6 +189,11 @@ def convert(
         if not 0 <= head < groups:
             raise LinearizeError(f"exact_heads names KV head {head} of layer {layer}; a layer has {groups}.")
         exact.setdefault(layer, []).append(head)
+    whole = [layer for layer in memories if len(set(exact.get(layer, ()))) == groups]
+    if whole:
+        raise LinearizeError(
+            f"`mixer.memory_layers` names layer {whole[0]}, whose heads are all exact: nothing is left to it."
+        )
     before = (type(model), type(decoder), type(config))
     model_type = config.model_type
     made = classes_for(model_type)

@@ -7,7 +7,7 @@ Each pair is WINDOW:HEADS, the heads those that the probe of that window ranks f
 windows by layer, as large as a tenth of the teacher's cache allows behind the heads. A row says the cache's share at
 8,192 tokens in the run's dtype, perplexity of each text, divergence from the teacher and recall; the first row is the
 teacher. Scores are kept in `probe-WINDOW.json` beside the output, that of windows by layer in `probe-by-layer.json`,
-and read from there by a later search.
+and serve a later search on the same samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from linearize.eval.recall import RecallTask, make_samples, score
 from linearize.eval.text import evaluation_text
 from linearize.head_scores import ProbeScores
 from linearize.planning import leaves_a_choice, make_plan, resolve_heads
-from linearize.probe import run_probe
+from linearize.probe import run_probe, sample_settings
 from linearize.recipe import Recipe
 from linearize.surgery import convert
 from linearize.teacher import load_teacher, resolve
@@ -74,7 +74,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def measure(window: str, heads: int, share: float) -> None:
-        row: dict[str, Any] = {"window": window, "heads": heads, "cache": round(share, 4)}
+        row: dict[str, Any] = {"by": given.by, "window": window, "heads": heads, "cache": round(share, 4)}
         for text, reference in zip(texts, references, strict=True):
             quality = evaluate(model, text.rows, reference, 16)
             row |= {text.name: round(quality.perplexity, 2), f"{text.name} kl": round(quality.kl or 0.0, 4)}
@@ -90,9 +90,12 @@ def main() -> None:
         if leaves_a_choice(recipe, model.config, dtype):
             name = "by-layer" if window.endswith("%") else window
             path = given.output.parent / f"probe-{name}.json"
-            if not path.exists():
-                run_probe(model, tokenizer, recipe, name=given.model).write(path)
-            scores = ProbeScores.read(path)
+            scores = ProbeScores.read(path) if path.exists() else None
+            together = given.by == "joint" and int(heads) > 0
+            wanted = given.model, sample_settings(recipe, seed=0)
+            if scores is None or (scores.model, scores.samples) != wanted or (together and not scores.joint):
+                scores = run_probe(model, tokenizer, recipe, name=given.model)
+                scores.write(path)
             recipe = resolve_heads(recipe, scores, model.config, dtype)
             print(f"{pair}: {recipe.exact_heads}, {recipe.mixer and recipe.mixer.window}", flush=True)
         share = make_plan(recipe, model.config, model=given.model, dtype=dtype).cache_share

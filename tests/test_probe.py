@@ -379,16 +379,42 @@ def test_windows_by_layer_from_end_to_end(teacher, tmp_path):
     torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
 
 
-def test_heads_chosen_together_from_end_to_end(teacher, tmp_path):
-    out = linearize(
-        teacher, "untrained", tmp_path / "out", overrides=[*SMALL, "exact_heads={keep: 1, by: joint}"]
-    ).output
+def test_heads_chosen_together_from_end_to_end(teacher, tmp_path, monkeypatch):
+    """Those that the elimination returns are kept, not those that are worst to lose alone."""
+    ranked = probing.rank_together
+    tried = []
+
+    def reversed_order(model, samples, window, heads, layers):
+        tried.append((list(heads), list(layers), {len(sample.prompt_ids) > 500 for sample, _ in samples}))
+        return tuple(reversed(ranked(model, samples, window, heads, layers)))
+
+    monkeypatch.setattr(probing, "rank_together", reversed_order)
+    settings = [*SMALL, "probe.lengths=[400, 1000]", "exact_heads={keep: 1, by: joint}", "layers=[1, 2]"]
+    out = linearize(teacher, "untrained", tmp_path / "out", overrides=settings).output
     scores = ProbeScores.read(out / "probe.json")
-    assert scores.joint == tuple(scores.rank_heads("recall")[:1])  # a fifth of six heads
+    inside = [pair for pair in scores.rank_heads("recall") if pair[0] != 0]
+    assert tried == [(inside[:2], [1, 2], {True})]  # two for the one that is kept, on the longest samples
+    assert set(scores.joint) == set(inside[:2])
     assert yaml.safe_load((out / "recipe.lock.yaml").read_text())["chosen"]["exact_heads"] == [list(scores.joint[0])]
-    recipe = Recipe.from_yaml("untrained", [*SMALL, "exact_heads={keep: 1, by: joint}"])
+    recipe = Recipe.from_yaml("untrained", settings)
     with pytest.raises(LinearizeError, match="one at a time, and the recipe chooses them by `joint`"):
         replace(scores, joint=()).check(AutoConfig.from_pretrained(teacher), recipe, "it")
+
+
+def test_layers_that_stay_softmax_keep_their_heads_while_others_are_given_up(twins):
+    """The twin in a layer that is not converted does the work of the other, which is then worth nothing."""
+    samples = [(sample, True) for sample in SAMPLES]
+    seen = []
+    original = probing._Branches.student
+
+    def watch(self, model, exact):
+        seen.append(set(exact))
+        return original(self, model, exact)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probing._Branches, "student", watch)
+        rank_together(twins, samples, WINDOW, [(0, 0), (0, 1)], [0])
+    assert seen and all(layers == {0} for layers in seen)
 
 
 MEMORY = ["mixer.combine=learned", "mixer.memory=additive", "mixer.feature_map=softmax", "mixer.normalize=true"]
@@ -399,7 +425,7 @@ def test_a_memory_where_the_probe_finds_recall(teacher, tmp_path):
     stages = "stages=[{stage: transfer, tokens: 128, batch: 1}, {stage: finetune, tokens: 128, batch: 1}]"
     choice = "mixer.memory_layers={keep: 0.3, by: recall}"
     settings = {"overrides": [*SMALL, *MEMORY, "exact_heads=[]", choice, stages]}
-    assert "softmax" in [layer.memory.split(",")[0] for layer in plan(teacher, "untrained", **settings).layers]
+    assert not any(layer.memory for layer in plan(teacher, "untrained", **settings).layers)  # not chosen yet
     out = linearize(teacher, "untrained", tmp_path / "out", **settings).output
     (chosen,) = ProbeScores.read(out / "probe.json").rank_layers("recall")[:1]
     assert yaml.safe_load((out / "recipe.lock.yaml").read_text())["chosen"]["memory_layers"] == [chosen]
@@ -419,7 +445,24 @@ def test_a_memory_where_the_probe_finds_recall(teacher, tmp_path):
     assert not torch.allclose(silenced, full, atol=1e-4)
 
 
-def test_what_memory_layers_cannot_mean(teacher, random_teacher, tmp_path):
+def test_memories_go_where_heads_are_left_and_the_budget_holds(tiny_config):
+    """Heads and memories rank by the same recall; layers of one KV head that is exact have no use for a memory."""
+    window = {"size": 16, "sinks": 4}
+    mixer = {"window": window, "memory": "additive", "memory_layers": {"keep": 0.2}}
+    for groups, heads in ((1, {"keep": 2}), (2, {"cache": 0.5}), (2, {"cache": 0.6})):
+        config = tiny_config("llama", num_hidden_layers=10, num_key_value_heads=groups, max_position_embeddings=8192)
+        scores = replace(made([[float(10 - layer)] * groups for layer in range(10)]), window=window)
+        recipe = Recipe.parse({"name": "r", "mixer": mixer, "exact_heads": heads}, "r")
+        chosen = resolve_heads(recipe, scores, config, torch.bfloat16)
+        built = make_plan(chosen, config, dtype=torch.bfloat16)
+        assert [bool(layer.memory) for layer in built.layers].count(True) == 2
+        assert built.cache_share <= heads.get("cache", 1)
+        kept = [layer for layer, _ in chosen.exact_heads]
+        assert chosen.mixer.memory_layers == [layer for layer in range(10) if kept.count(layer) < groups][:2]
+        assert kept.count(0) == groups  # the best layer is exact altogether
+
+
+def test_what_memory_layers_cannot_mean(teacher, random_teacher):
     def asked(*more: str):
         settings = ["exact_heads=[]", *SMALL, *MEMORY, *more]
         return plan(teacher, "untrained", overrides=settings)
@@ -430,6 +473,9 @@ def test_what_memory_layers_cannot_mean(teacher, random_teacher, tmp_path):
     assert shares == {0.01: one, 0.3: one, 0.6: two, 0.99: every}
     with pytest.raises(LinearizeError, match=r"names layer 0, which is not converted"):
         asked("mixer.memory_layers=[0]", "layers=[1, 2]")
+    recipe = Recipe.from_yaml("untrained", [*SMALL, *MEMORY, "exact_heads=[[0, 0], [0, 1]]", "mixer.memory_layers=[0]"])
+    with pytest.raises(LinearizeError, match="layer 0, whose heads are all exact"):
+        convert(random_teacher(), recipe.mixer.model_dump(), exact_heads=recipe.exact_heads)
     with pytest.raises(LinearizeError, match="does not use both a window and a memory"):
         asked("mixer.memory_layers=[0]", "mixer.combine=window_only")
 

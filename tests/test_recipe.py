@@ -155,6 +155,7 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ("name: r\nmixer: null\nstages: [{stage: transfer}]", ["`mixer` is null"]),
         ("name: r\nstages: [{stage: finetune, batch: 8, micro_batch: 3}]", ["must divide"]),
         ("name: r\nstages: [{stage: finetune, length: 100}]", ["`length: 100` of stage `finetune`", "(1024)"]),
+        ("name: r\nstages: [{stage: finetune, length: 2048}]", ["`length: 2048` of stage `finetune`", "(1024)"]),
         ("name: r\nstages: [{stage: finetune, train: full, lora: {r: 4}}]", ["no adapters"]),
         ("mixer: null", ["`name` is required"]),
         ("[1, 2]", ["mapping"]),

@@ -118,7 +118,7 @@ def test_a_mixer_without_a_map_is_an_error(make_run, changes, words: str) -> Non
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({"maps": 1.0}, "`data.length` \\(2048\\) to 1024"),
+        ({"maps": 1.0}, "`data.length` \\(2048\\), or `length` of the stage, to 1024"),
         ({"maps": 1.0, "block": 2}, "`block: 1`"),
         ({"order": "layerwise", "patience": 2}, "drop `patience`"),
         ({"order": "layerwise", "optimizer": {"schedule": "plateau"}}, "`schedule: plateau`"),

@@ -149,7 +149,7 @@ def verdicts(results: Results) -> list[str]:
             for text, value in entry["text"].items():
                 word = "ahead of" if value["nats"] is not None and value["nats"] > 0 else "behind"
                 trained = f"{entry['name']} (recipe {model['recipe']})"
-                found.append(f"The student is {word} {trained} on {text} by {gap(value)} nats a token.")
+                found.append(f"The student is {word} {trained} on {text} by {gap(value).lstrip('+-')} nats a token.")
     return found
 
 

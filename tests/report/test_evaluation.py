@@ -37,7 +37,7 @@ def test_what_the_memory_does_is_said(evaluation, nats, stderr, word) -> None:
     said = verdicts(evaluation)
     assert word in said[0]
     assert "passkey 512 -50.0" in said[1]
-    assert "behind softmax (recipe c/s) on book by -0.3000 ± 0.0200" in said[2]
+    assert "behind softmax (recipe c/s) on book by 0.3000 ± 0.0200" in said[2]
     evaluation["differences"].pop(0)
     assert "has no memory" in verdicts(evaluation)[0]
 

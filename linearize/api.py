@@ -474,9 +474,9 @@ class Rows:
 def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALONE) -> Corpus:
     """The run's rows: those of an interrupted run, or new ones."""
     stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
-    lengths = [stage.row_length(job.recipe.data.length) for stage in stages]
-    budget = sum(stage.steps(length) * stage.batch * length for stage, length in zip(stages, lengths, strict=True))
-    tokens = max(job.recipe.data.length, budget)
+    longest = job.recipe.data.length
+    budget = sum(stage.steps(longest) * stage.batch * stage.row_length(longest) for stage in stages)
+    tokens = max(longest, budget)
     masked = not job.recipe.causal
     build = partial(build_corpus, job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=masked)
     if is_lazy(job.recipe.data):

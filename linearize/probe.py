@@ -34,6 +34,7 @@ from linearize.head_scores import ProbeScores, UnitScore, choose_layers, probe_w
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.context import SequenceContext
 from linearize.modeling.classes import family_of, layers_of
+from linearize.planning import converted_layers
 from linearize.recipe import ExactHeads, Recipe
 from linearize.recipe_mixer import Mixer, Part, Window
 
@@ -127,11 +128,7 @@ def run_probe(
     asked = recipe.exact_heads
     if isinstance(asked, ExactHeads) and asked.by == "joint":
         offered = family_of(model.config).convertible(model.config)
-        layers = [
-            layer
-            for layer in choose_layers(recipe, scores, offered).converted_layers(scores.layers)
-            if layer in offered
-        ]
+        layers = converted_layers(choose_layers(recipe, scores, offered), model.config)
         heads = [pair for pair in scores.rank_heads("recall") if pair[0] in layers]
         most = asked.keep or math.ceil((asked.cache or 0) * len(heads))
         half = max(probe_lengths(recipe)) // 2

@@ -71,9 +71,9 @@ class Stage(Strict):
         """Return the tokens of this stage's rows, where `data.length` is `longest`."""
         return self.length or longest
 
-    def steps(self, length: int) -> int:
-        """Return how many optimizer steps the token budget makes with rows of `length` tokens."""
-        return max(1, round(self.tokens / (self.batch * length)))
+    def steps(self, longest: int) -> int:
+        """Return how many optimizer steps the token budget makes, where `data.length` is `longest`."""
+        return max(1, round(self.tokens / (self.batch * self.row_length(longest))))
 
 
 # The projections that each choice of a transfer stage's `train` adapts, besides the mixer's own parameters.

@@ -75,7 +75,7 @@ def run_streamed(job: Job, work: Path, watch: Watch, signals: Signals) -> dict[s
     rows = Rows(work / "rows.json", watch)
     measured = alone and job.layers is None
     stream = _stream(job, teacher, corpus, work, watch, signals, measure=measured and not rows.complete(job))
-    steps = stream.settings.steps(stream.settings.row_length(job.recipe.data.length)) * len(stream.rounds())
+    steps = stream.settings.steps(job.recipe.data.length) * len(stream.rounds())
     watch({"event": "stage", "stage": NAME, "steps": steps, "ended": False})
     spent = stream.train()
     _write_metrics(stream.metrics(), work / "metrics.jsonl")

@@ -359,6 +359,18 @@ def test_untrained_with_probed_heads_from_end_to_end(teacher, tmp_path, monkeypa
     assert linearize(teacher, "untrained", tmp_path / "out", **settings).finished_before
 
 
+def decoded_as_read(model):
+    """Check that a text decoded token by token has the logits of one that is read; return those of its last token."""
+    with torch.no_grad():
+        ids = torch.arange(80)[None] % 60
+        full = model(ids).logits[:, -1]
+        cache = model(ids[:, :70], use_cache=True).past_key_values
+        for place in range(70, 80):
+            stepped = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
+    return full
+
+
 def test_windows_by_layer_from_end_to_end(teacher, tmp_path):
     events = []
     window = "mixer.window.size={cache: 40%, among: [24, 64, 256]}"
@@ -370,13 +382,7 @@ def test_windows_by_layer_from_end_to_end(teacher, tmp_path):
     model = load(out)
     found = [layer.self_attn.mixer.window for layer in model.model.layers]
     assert found == sizes and model.config.linearize["mixer"]["window"]["size"] == sizes
-    with torch.no_grad():
-        ids = torch.arange(80)[None] % 60
-        full = model(ids).logits[:, -1]
-        cache = model(ids[:, :70], use_cache=True).past_key_values
-        for place in range(70, 80):
-            stepped = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1]
-    torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
+    decoded_as_read(model)
 
 
 def test_heads_chosen_together_from_end_to_end(teacher, tmp_path, monkeypatch):
@@ -402,7 +408,7 @@ def test_heads_chosen_together_from_end_to_end(teacher, tmp_path, monkeypatch):
 
 
 def test_layers_that_stay_softmax_keep_their_heads_while_others_are_given_up(twins):
-    """The twin in a layer that is not converted does the work of the other, which is then worth nothing."""
+    """No layer that is not converted is ever put on the window."""
     samples = [(sample, True) for sample in SAMPLES]
     seen = []
     original = probing._Branches.student
@@ -433,16 +439,9 @@ def test_a_memory_where_the_probe_finds_recall(teacher, tmp_path):
     mixers = [layer.self_attn.mixer for layer in model.model.layers]
     assert [mixer.memory is not None for mixer in mixers] == [layer == chosen for layer in range(3)]
     assert applicable(model) == ["memory zeroed", "window only", "memory only", "no mixer"]
-    with torch.no_grad():
-        ids = torch.arange(80)[None] % 60
-        full = model(ids).logits[:, -1]
-        cache = model(ids[:, :70], use_cache=True).past_key_values
-        for place in range(70, 80):
-            stepped = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[:, -1]
-        with memory_silenced(model):
-            silenced = model(ids).logits[:, -1]
-    torch.testing.assert_close(stepped, full, rtol=0, atol=1e-4)
-    assert not torch.allclose(silenced, full, atol=1e-4)
+    full = decoded_as_read(model)
+    with memory_silenced(model):
+        assert not torch.allclose(decoded_as_read(model), full, atol=1e-4)
 
 
 def test_memories_go_where_heads_are_left_and_the_budget_holds(tiny_config):

@@ -221,10 +221,7 @@ def build_corpus(
             f"Not enough text to train on: the {len(documents)} documents that are not held out do not fill one row of "
             f"{data.length} tokens (`data.length`). Lower `data.length` or `data.held_out`, or give more text."
         )
-    settings = {
-        **data.model_dump(include={"format", "loss", "length", "held_out", "split"}),
-        "seed": seed,
-    }
+    settings = {**data.model_dump(include={"format", "loss", "length", "held_out", "split"}), "seed": seed}
     if masked:
         masking = Masking.of(tokenizer)
         settings["masking"] = dataclasses.asdict(masking)

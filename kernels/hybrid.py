@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from linearize.kernels.backend import select
@@ -151,7 +152,7 @@ def hybrid_step(
         v: [B, G, V].
         log_decay: None, [G], [B, G] or [B, G, K'].
         state: [B, G, K', V] in fp32, contiguous.
-        k_ring: last W keys [B, W, G, K].
+        k_ring: last W keys [B, W, G, K]. Rings and sinks may be float8 (E4M3), where k and v were rounded to it.
         v_ring: last W values [B, W, G, V].
         length: int64 [B], tokens of the row before this one.
         beta: [B, G], write strength: the memory then follows the gated delta rule (and has no norm), with memory_k of
@@ -173,7 +174,7 @@ def hybrid_step(
     memory_v = v if memory_v is None else memory_v
     if beta is not None and state_norm is not None:
         raise ValueError("the delta rule has no normalizer: give `beta` or `state_norm`, not both.")
-    if select("step", q) == "triton" and memory_k.shape[1] == memory_v.shape[1] == k.shape[1]:
+    if select("step", q, k_ring) == "triton" and memory_k.shape[1] == memory_v.shape[1] == k.shape[1]:
         from linearize.kernels.step_triton import hybrid_step_triton
 
         near_o, lse, row_max, o, sums = hybrid_step_triton(
@@ -185,10 +186,10 @@ def hybrid_step(
     _write(v_ring, v, length % k_ring.shape[1])
     if sink_k is not None and sink_v is not None:
         last = sink_k.shape[1] - 1
-        fills = (length <= last)[:, None, None]
+        fills = (length <= last)[:, None, None, None]
         slot = length.clamp(max=last)
-        _write(sink_k, k.where(fills, _read(sink_k, slot)), slot)
-        _write(sink_v, v.where(fills, _read(sink_v, slot)), slot)
+        _write(sink_k, k, slot, fills)
+        _write(sink_v, v, slot, fills)
     near = window_step(q, k_ring, v_ring, sink_k, sink_v, length, scale=scale)
     if beta is not None:
         o = gated_delta_step(memory_q, memory_k, memory_v, beta, log_decay, state, scale=memory_scale)
@@ -197,13 +198,14 @@ def hybrid_step(
     return HybridOutput(near.o, near.lse, near.row_max, o, sums, state, state_norm)
 
 
-def _index(x: Tensor, slot: Tensor) -> Tensor:
-    return slot.view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
+def _write(ring: Tensor, x: Tensor, slot: Tensor, chosen: Tensor | None = None) -> None:
+    """ring[b, slot[b]] = x[b], of rows that are chosen; float8 as bytes, which every device scatters."""
+    ring, new = _bytes(ring), _bytes(x[:, None].to(ring.dtype))
+    index = slot.view(-1, 1, 1, 1).expand(-1, 1, *ring.shape[2:])
+    if chosen is not None:
+        new = new.where(chosen, ring.gather(1, index))
+    ring.scatter_(1, index, new)
 
 
-def _write(ring: Tensor, x: Tensor, slot: Tensor) -> None:
-    ring.scatter_(1, _index(ring, slot), x[:, None].to(ring.dtype))
-
-
-def _read(ring: Tensor, slot: Tensor) -> Tensor:
-    return ring.gather(1, _index(ring, slot))[:, 0]
+def _bytes(t: Tensor) -> Tensor:
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t

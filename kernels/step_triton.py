@@ -17,6 +17,7 @@ from linearize.kernels.launch import Launch, play, unit_stride
 
 @triton.jit
 def _softmax_block(q, k_N, v_N, visible, acc, top, total, scale, PREC: tl.constexpr):
+    k_N, v_N = k_N.to(q.dtype), v_N.to(q.dtype)
     s = tl.where(visible[None, :], tl.dot(q, tl.trans(k_N), input_precision=PREC) * scale, -float("inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -103,14 +104,16 @@ def _step(
                 top = tl.sum(q_R.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale_w
                 total += 1.0
                 acc += new_v.to(tl.float32)[None, :]
-                tl.store(k_ring + b * k_r_b + new * k_r_s + g * k_r_h + ks, new_k, mask=in_k)
-                tl.store(v_ring + b * v_r_b + new * v_r_s + g * v_r_h + cols, new_v, mask=in_cols)
+                ring_k = new_k.to(k_ring.dtype.element_ty)  # rings may be float8, of which new_k is a number
+                ring_v = new_v.to(v_ring.dtype.element_ty)
+                tl.store(k_ring + b * k_r_b + new * k_r_s + g * k_r_h + ks, ring_k, mask=in_k)
+                tl.store(v_ring + b * v_r_b + new * v_r_s + g * v_r_h + cols, ring_v, mask=in_cols)
                 if SINKS:
                     skip = tl.where(
                         past < S, 0, K + V
                     )  # added to an index, it masks the store of a token past the sinks
-                    tl.store(sink_k + b * k_s_b + past * k_s_s + g * k_s_h + ks, new_k, mask=ks + skip < K)
-                    tl.store(sink_v + b * v_s_b + past * v_s_s + g * v_s_h + cols, new_v, mask=cols + skip < V)
+                    tl.store(sink_k + b * k_s_b + past * k_s_s + g * k_s_h + ks, ring_k, mask=ks + skip < K)
+                    tl.store(sink_v + b * v_s_b + past * v_s_s + g * v_s_h + cols, ring_v, mask=cols + skip < V)
             if SINKS:
                 for n_0 in range(0, S, N):
                     a = n_0 + n
@@ -179,7 +182,7 @@ def _one_launch(
 ):  # fmt: skip
     """The launch of a step, and its outputs."""
     q = q_m if q_w is None else q_w
-    values = v_m if v_ring is None else v_ring
+    values = v_ring if v_m is None else v_m
     B, H, K = q.shape
     KM = K if q_m is None else q_m.shape[-1]
     G, V = values.shape[-2:]
@@ -241,7 +244,7 @@ def _(
     write, eps,
 ):  # fmt: skip
     q = q_m if q_w is None else q_w
-    return _outputs(q, v_m if v_ring is None else v_ring, norm, state is not None, k_ring is not None)
+    return _outputs(q, v_ring if v_m is None else v_m, norm, state is not None, k_ring is not None)
 
 
 def gated_linear_step_triton(

@@ -571,6 +571,7 @@ def _cache_bytes(
     family = family_of(config)
     _, groups, head_dim = family.heads(None, config)
     pair = 2 * head_dim * dtype.itemsize
+    exact_pair = 2 * head_dim if recipe.mixer is not None and recipe.mixer.cache_dtype == "fp8" else pair
     exact: dict[int, int] = {}
     for layer, _ in _pairs(recipe):
         exact[layer] = exact.get(layer, 0) + 1
@@ -591,7 +592,7 @@ def _cache_bytes(
             if like not in sizes:
                 sizes[like] = _mixer_cache_bytes(mixer, config, groups - kept, head_dim, dtype)
             mixed = sizes[like]
-        student += mixed + pair * kept * context
+        student += mixed + exact_pair * kept * context
     return teacher, student
 
 

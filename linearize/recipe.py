@@ -158,6 +158,7 @@ class Recipe(Strict):
     def _check(self) -> Self:
         self._check_layers()
         self._check_exact_heads()
+        self._check_cache_dtype()
         self._check_stages()
         if not self.causal:
             self._check_encoder()
@@ -295,6 +296,17 @@ class Recipe(Strict):
         for layer, head in self.exact_heads:
             if isinstance(self.layers, list) and layer not in self.layers:
                 raise ValueError(f"`exact_heads` has [{layer}, {head}], but layer {layer} is not among `layers`")
+
+    def _check_cache_dtype(self) -> None:
+        if self.mixer is None or self.mixer.cache_dtype == "model":
+            return
+        if not self.causal:
+            raise ValueError("`mixer.cache_dtype` has no effect with `causal: false`: encoders have no cache; drop it")
+        if self.mixer.window is None and not self.exact_heads:
+            raise ValueError(
+                "`mixer.cache_dtype` has no effect: it is of the keys and values of a window and of exact heads, and "
+                "there are none; drop it"
+            )
 
     @property
     def probed(self) -> bool:

@@ -90,6 +90,23 @@ def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) ->
     assert [stage.steps for stage in plan.stages] == [stage.steps(64) for _, stage in recipe.schedule()]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [[], [[0, 1], [1, 0], [1, 1]]])
+def test_a_plan_counts_a_byte_of_each_number_in_fp8(exact: list[list[int]], dtype: torch.dtype, tiny_config) -> None:
+    recipe = short("gdn", "mixer.cache_dtype=fp8", f"exact_heads={exact}")
+    config = tiny_config()
+    share = make_plan(short("gdn", f"exact_heads={exact}"), config, dtype=dtype).cache_share
+    plan = make_plan(recipe, config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    convert(model, recipe.mixer.model_dump(), exact_heads=recipe.exact_heads)
+    cache = model(torch.ones(1, 1024, dtype=torch.long)).past_key_values
+    assert plan.cache[1024][1] == cache.nbytes() - 8 * len({layer for layer, _ in exact})  # but for `exact_length`
+    held = [(name, t.numel()) for layer in cache.layers for name, t in layer.tensors.items()]
+    numbers = sum(count for name, count in held if name.startswith(("window_", "sink_"))) + 8192 * 2 * 16 * len(exact)
+    saved = numbers * (dtype.itemsize - 1)
+    assert share - plan.cache_share == pytest.approx(saved * dtype.itemsize / (plan.cache[8192][0] * 2))
+
+
 def test_the_given_config_is_left_alone(tiny_config) -> None:
     config = tiny_config()
     before = config.to_dict()

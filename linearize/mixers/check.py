@@ -100,6 +100,10 @@ def _check_bidirectional(mixer: dict[str, Any], found: dict[str, Any], where: st
         )
     if mixer.get("conv") is not None:
         raise LinearizeError(f"`{where}.conv` looks back alone, and the recipe has `causal: false`; drop it.")
+    if mixer.get("cache_dtype", "model") != "model":
+        raise LinearizeError(
+            f"`{where}.cache_dtype` has no effect with `causal: false`: encoders have no cache; drop it."
+        )
 
 
 def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool, where: str) -> None:

@@ -21,6 +21,7 @@ from linearize.kernels.hybrid import HybridOutput, hybrid_attention, hybrid_step
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.convolution import ShortConvolution
+from linearize.mixers.float8 import from_cache, to_cache
 from linearize.mixers.parts import HeadShape
 from linearize.mixers.terrace import READ, terrace_memory, terrace_reach, terrace_step
 from linearize.registry import combines, feature_maps, gates, memories
@@ -79,6 +80,7 @@ class TokenMixer(nn.Module):
         self.softcap = softcap
         self.scaling = scaling
         self.rotary = spec["rotary"]
+        self.fp8 = spec.get("cache_dtype", "model") == "fp8"  # keys and values come rounded
         self.overlap = bool(spec["overlap"])
         remembers = _remembers(spec.get("memory_layers", "all"), shape.layer)
         self.combine: Any = _build(combines, spec["combine"] if remembers else {"name": "window_only"}, shape)
@@ -330,8 +332,8 @@ class TokenMixer(nn.Module):
         assert first is not None
         out = self._attend(
             torch.cat([q.new_zeros(q.shape[0], span, *q.shape[2:]), q], 1),
-            torch.cat([past[0], k], 1),
-            torch.cat([past[1], v], 1),
+            torch.cat([past[0].to(k.dtype), k], 1),
+            torch.cat([past[1].to(v.dtype), v], 1),
             torch.cat([missing.expand(-1, span), first], 1),
         )
         return WindowOutput(*(t[:, span:] for t in out))
@@ -359,7 +361,7 @@ class TokenMixer(nn.Module):
         if self.sinks:
             early = cache[sink][rows, token[:, : self.sinks].clamp(min=0)]
             past = torch.cat([early, past], 1)
-        return past
+        return from_cache(past)
 
     def _delayed(
         self, stream: Tensors, context: SequenceContext, cache: Tensors | None
@@ -406,6 +408,7 @@ class TokenMixer(nn.Module):
             last = context.starts.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
             before = torch.where((last < 0) | (lengths == 0), before, -last)
         total = before + lengths
+        k, v = to_cache(k, self.fp8), to_cache(v, self.fp8)
         if self.window:
             self._write_ring(cache, {"window_k": k, "window_v": v}, self.window, before, total, length)
         if self.delay:
@@ -446,12 +449,10 @@ class TokenMixer(nn.Module):
     def _empty_cache(self, k: Tensor, v: Tensor, stream: Tensors) -> Tensors:
         batch = k.shape[0]
         cache = {"length": torch.zeros(batch, dtype=torch.long, device=k.device)}
-        if self.window:
-            cache["window_k"] = k.new_zeros(batch, self.window, *k.shape[2:])
-            cache["window_v"] = v.new_zeros(batch, self.window, *v.shape[2:])
-        if self.sinks:
-            cache["sink_k"] = k.new_zeros(batch, self.sinks, *k.shape[2:])
-            cache["sink_v"] = v.new_zeros(batch, self.sinks, *v.shape[2:])
+        for kind, size in (("window", self.window), ("sink", self.sinks)):
+            if size:
+                cache[f"{kind}_k"] = to_cache(k.new_zeros(batch, size, *k.shape[2:]), self.fp8)
+                cache[f"{kind}_v"] = to_cache(v.new_zeros(batch, size, *v.shape[2:]), self.fp8)
         if self.delay:
             for name, t in stream.items():
                 cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
@@ -476,6 +477,7 @@ class TokenMixer(nn.Module):
         q, k = rotated
         length = cache["length"]
         rows = torch.arange(length.shape[0], device=length.device)
+        near = {name: from_cache(t) for name, t in cache.items() if name.startswith(("window_", "sink_"))}
         window, memory, normalizer = None, None, None
         stream: Tensors = {}
         if self.memory is not None:
@@ -492,9 +494,9 @@ class TokenMixer(nn.Module):
                     cache[f"pending_{name}"].index_put_((rows, length % self.delay), t * outside)
             if self._joins("all", "step"):
                 both = hybrid_step(
-                    q, k, v, entering.get("g"), cache["state"], cache["window_k"], cache["window_v"], length,
-                    beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=cache.get("sink_k"),
-                    sink_v=cache.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"],
+                    q, k, v, entering.get("g"), cache["state"], near["window_k"], near["window_v"], length,
+                    beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=near.get("sink_k"),
+                    sink_v=near.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"],
                     scale=self.scaling, memory_scale=self.memory.scale,
                 )  # fmt: skip
                 window, memory, normalizer, _ = _branches(both)
@@ -505,18 +507,18 @@ class TokenMixer(nn.Module):
             memory = self._read(memory, stream, x)
         if self.window and window is None:
             slot = (rows, length % self.window)
-            cache["window_k"].index_put_(slot, k)
-            cache["window_v"].index_put_(slot, v)
-            if self.sinks:
-                early = (torch.arange(self.sinks, device=k.device) == length[:, None])[..., None, None]
-                cache["sink_k"].copy_(torch.where(early, k[:, None], cache["sink_k"]))
-                cache["sink_v"].copy_(torch.where(early, v[:, None], cache["sink_v"]))
+            early = (torch.arange(self.sinks, device=k.device) == length[:, None])[..., None, None]
+            for side, new in (("k", to_cache(k, self.fp8)), ("v", to_cache(v, self.fp8))):
+                cache[f"window_{side}"].index_put_(slot, new)
+                if self.sinks:
+                    sink = cache[f"sink_{side}"]
+                    sink.copy_(torch.where(early, new[:, None], sink))
             window = window_step(
                 q,
-                cache["window_k"],
-                cache["window_v"],
-                cache.get("sink_k"),
-                cache.get("sink_v"),
+                near["window_k"],
+                near["window_v"],
+                near.get("sink_k"),
+                near.get("sink_v"),
                 length,
                 scale=self.scaling,
                 softcap=self.softcap,

@@ -36,6 +36,7 @@ MODULES = (
     "linearize.kernels.window",
     "linearize.kernels.hybrid",
     "linearize.mixers.parts",
+    "linearize.mixers.float8",
     "linearize.mixers.feature_maps",
     "linearize.mixers.gates",
     "linearize.mixers.memories",

@@ -312,6 +312,28 @@ def test_steps_follow_the_parallel_form(gate: str, sinks: int) -> None:
     torch.testing.assert_close(state, whole.state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_steps_read_and_write_float8(sinks: int) -> None:
+    """Of keys and values that were rounded, float8 rings and sinks lose nothing."""
+    B, T, H, G, K, V, W = 2, 9, 4, 2, 16, 24, 5
+    q = torch.randn(B, T, H, K)
+    k, v = (torch.randn(B, T, G, size).to(torch.float8_e4m3fn) for size in (K, V))
+    whole = hybrid_attention(q, k.float(), v.float(), window=W, sinks=sinks)
+    state, length = torch.zeros(B, G, K, V), torch.zeros(B, dtype=torch.long)
+    sizes = [(W, K), (W, V), *([(sinks, K), (sinks, V)] if sinks else [])]
+    k_ring, v_ring, *first = (torch.zeros(B, size, G, dim, dtype=torch.float8_e4m3fn) for size, dim in sizes)
+    sink_k, sink_v = first or (None, None)
+    for t in range(T):
+        k_t, v_t = k[:, t].float(), v[:, t].float()
+        step = hybrid_step(q[:, t], k_t, v_t, None, state, k_ring, v_ring, length, sink_k=sink_k, sink_v=sink_v)
+        near = window_step(q[:, t], k_ring, v_ring, sink_k, sink_v, length)
+        length += 1
+        assert step.memory.dtype == step.window.dtype == torch.float32
+        for got, wanted in ((step.window, whole.window), (near.o, whole.window), (step.memory, whole.memory)):
+            torch.testing.assert_close(got, wanted[:, t], rtol=1e-4, atol=1e-4)
+    assert torch.equal(k_ring[:, (T - 1) % W].float(), k[:, -1].float())
+
+
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
 def test_a_step_of_the_delta_rule_beside_a_window_of_another_width(gate: str) -> None:
     B, T, H, G, K, M, V, W = 2, 7, 4, 2, 16, 40, 24, 3

@@ -63,13 +63,14 @@ def window(dim: int, sinks: int = 0, dtype: torch.dtype = torch.bfloat16) -> Cal
     return calls
 
 
-def step(dim: int, features: int, delta: bool = False) -> Callable[[], None]:
+def step(dim: int, features: int, delta: bool = False, stored: torch.dtype = torch.bfloat16) -> Callable[[], None]:
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(2, *shape, dtype=dtype)
 
     def calls() -> None:
+        rings = (new(size, 2, dim, dtype=stored) for size in (64, 64, 4, 4))
         step_triton.hybrid_step_triton(
-            new(8, dim), new(2, dim), new(2, dim), new(64, 2, dim), new(64, 2, dim), new(4, 2, dim), new(4, 2, dim),
+            new(8, dim), new(2, dim), new(2, dim), *rings,
             torch.zeros(2, dtype=torch.int64), new(8, features), new(2, features), new(2, dim),
             new(2) if delta else new(2, features), new(2) if delta else None,
             new(2, features, dim, dtype=torch.float32), None if delta else new(2, features, dtype=torch.float32),
@@ -151,6 +152,11 @@ def test_window(capability: int) -> None:
 def test_step() -> None:
     check(compile_calls(step(128, 128), 90), 90, 0)
     check(compile_calls(delta_step(128), 90), 90, 0)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_step_whose_rings_are_float8(dim: int) -> None:
+    check(compile_calls(step(dim, 128, stored=torch.float8_e4m3fn), 90), 90, 0)
 
 
 @pytest.mark.parametrize("delta", [False, True])

@@ -22,6 +22,7 @@ from linearize.errors import LinearizeError
 from linearize.mixers import check_mixer
 from linearize.mixers.check import PARTS
 from linearize.mixers.context import SequenceContext, sequence_context
+from linearize.mixers.float8 import from_cache, round_to_fp8, to_cache
 from linearize.mixers.mixer import TokenMixer
 from linearize.mixers.parts import Fp32Part, HeadShape
 from linearize.modeling.export import save_checkpoint
@@ -653,6 +654,58 @@ def test_variant_is_its_recurrence_and_keeps_the_contract(converted, make_mixer,
     check_padding_and_decode(model, 40)
     check_packing(model, 40)
     check_causal(model, 20)
+
+
+# Keys and values in fp8: layers whose window, exact heads or both have them, through each form of the decode step.
+FP8 = {
+    "window and sinks": {"combine": "window_only"},
+    "window alone": {"combine": "window_only", "window": {"size": 5}},
+    "gated linear": {"gate": "key", "output_norm": True},
+    "delta, disjoint": {"memory": "delta", "gate": "scalar", "overlap": False, "output_norm": True},
+    "slots": {"memory": "slots", "gate": "key"},
+    "terrace": {"gate": "scalar", "window": TERRACE, "output_norm": True},
+    "shared": {"feature_map": "hedgehog", "combine": "shared_softmax", "rotary": True},
+    "no window": {"window": None, "combine": "memory_only", "gate": "key"},
+}
+
+
+@pytest.mark.parametrize("exact", [0, 1, 2])
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_keys_and_values_keep_the_contract(random_teacher, make_mixer, name, exact):
+    """In fp64, where a key's last bit, which depends on how many rows are multiplied at once, moves no rounding."""
+    parts = {"feature_map": "l2norm", "window": {"size": 7, "sinks": 3}, **FP8[name]}
+    model = random_teacher("llama", (4, 2), 16, num_hidden_layers=1, attn_implementation="eager")
+    ids = tokens(2, 40)
+    convert(model, make_mixer(**parts, cache_dtype="fp8"), exact_heads=[(0, head) for head in range(exact)])
+    attention = model.double().model.layers[0].self_attn
+    with torch.no_grad():
+        rounded = model(ids, use_cache=False).logits
+        cache = model(ids, use_cache=True).past_key_values.layers[0].tensors
+        attention.fp8 = False
+        plain = model(ids, use_cache=False).logits
+        attention.fp8 = True
+    kinds = {key: t.dtype for key, t in cache.items() if key.startswith(("window_", "sink_", "exact_"))}
+    kinds.pop("exact_length", None)
+    assert set(kinds.values()) <= {torch.uint8} and (kinds or name == "no window")
+    assert (rounded - plain).abs().max() > 1e-3
+    check_padding_and_decode(model, 40)
+    check_packing(model, 40)
+    check_causal(model, 20)
+
+
+def test_fp8_rounds_to_the_nearest_number_and_lets_gradients_through():
+    x = torch.tensor([0.1, -3.3, 447.0, 460.0, 1e9, -1e9, 1e-4], requires_grad=True)
+    round_to_fp8(x).backward(torch.arange(7.0))
+    assert round_to_fp8(x).tolist() == [0.1015625, -3.25, 448.0, 448.0, 448.0, -448.0, 0.0]
+    assert torch.equal(x.grad, torch.arange(7.0))
+    every = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        numbers = from_cache(every).to(dtype)
+        real = numbers.isfinite()
+        assert real.sum() == 254 and torch.equal(round_to_fp8(numbers[real]), numbers[real])
+        assert torch.equal(to_cache(numbers[real], fp8=True), every[real])
+    compiled = torch.compile(round_to_fp8, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), round_to_fp8(x))
 
 
 @pytest.mark.parametrize("heads", HEADS)

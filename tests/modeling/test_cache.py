@@ -125,6 +125,29 @@ def test_a_static_cache_keeps_its_buffers(make_student, name):
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("places", [None, 40])
+def test_an_fp8_cache_has_a_byte_of_each_number_through_every_move(random_teacher, places):
+    """One layer in fp64, where a key's last bit moves no rounding."""
+    model = random_teacher("llama", (4, 2), 16, num_hidden_layers=1)
+    convert(model, {**MIXERS["gdn"], "cache_dtype": "fp8"}, exact_heads=[(0, 1)])
+    model.double()
+    cache, rows = LinearizedCache(model.config, places), torch.tensor([2, 0, 0])
+    for begin, end in ((0, 9), (9, 13), (13, 14), (14, 15)):
+        run(model, IDS[:, begin:end], cache)
+    before = cache.nbytes()
+    run(model, IDS[:, 15:16], cache)
+    assert cache.nbytes() - before == (0 if places else 3 * 2 * 16)
+    held = cache.layers[0].tensors
+    assert held["window_k"].nbytes == held["window_v"].nbytes == 3 * 6 * 16
+    cache.reorder_cache(rows)
+    cache.batch_repeat_interleave(2)
+    ids = IDS[rows].repeat_interleave(2, 0)
+    got = [run(model, ids[:, t : t + 1], cache)[0] for t in range(16, 24)]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits[:, 16:]
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_a_static_cache_that_is_full_is_an_error(make_student, chunk):
     model = make_student()

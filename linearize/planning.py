@@ -172,6 +172,8 @@ def make_plan(
     with torch.device("meta"):
         parameters = _count(network.parameters())
         mixers = _convert(recipe, network)
+    if asked.window_budget is None:
+        _check_stage_windows(recipe, mixers)
     streamed = _stream_plan(recipe, network, part) if stream else None
     stages = tuple(_stage(recipe, i, network, mixers, dtype, streamed) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -362,6 +364,17 @@ def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
             f"`data.length` is {recipe.data.length} tokens, but the teacher's context ends at {longest} "
             f"(max_position_embeddings): it cannot teach what lies behind. Set data.length={longest} or less."
         )
+
+
+def _check_stage_windows(recipe: Recipe, mixers: dict[int, nn.Module]) -> None:
+    """Raise where the windows that a stage shortens are no longer than that, as where the teacher's own is short."""
+    longest = max(map(_window_of, mixers.values()), default=0)
+    for index, stage in enumerate(recipe.stages):
+        if stage.window is not None and stage.window >= longest:
+            raise LinearizeError(
+                f"`stages.{index}.window` is {stage.window}, and no layer of this model has a longer window (the "
+                f"longest: {longest}), so that it has no effect. Take less, or drop it."
+            )
 
 
 def _check_direction(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -182,6 +182,7 @@ class Recipe(Strict):
                 raise ValueError("a `distill` stage where `mixer` is null starts at its optimum; give `cross_entropy`")
             if self.mixer is None and stage.optimizer.mixer_lr is not None:
                 raise ValueError("`optimizer.mixer_lr` has no effect where `mixer` is null; drop it")
+            self._check_stage_window(stage)
             length = stage.row_length(self.data.length)
             if self.data.length % length:
                 raise ValueError(
@@ -201,6 +202,21 @@ class Recipe(Strict):
 
         if self.progressive > 1:
             self._check_progressive()
+
+    def _check_stage_window(self, stage: AnyStage) -> None:
+        if stage.window is None:
+            return
+        given = f"`window: {stage.window}` of stage `{stage.stage}`"
+        window = None if self.mixer is None else self.mixer.window
+        if window is None:
+            raise ValueError(f"{given} has no effect: there is no `mixer.window` to shorten; drop it")
+        if window.kind == "terrace":
+            raise ValueError(f"{given} shortens sliding windows, and `mixer.window.kind` is terrace; drop it")
+        if stage.window >= window.sizes[-1]:
+            raise ValueError(
+                f"{given} has no effect: no `mixer.window.size` is above it (largest: {window.sizes[-1]}); take less, "
+                "or drop it"
+            )
 
     def _check_progressive(self) -> None:
         kinds = [stage.stage for stage in self.stages]

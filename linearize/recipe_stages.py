@@ -53,11 +53,15 @@ class Stage(Strict):
     Args:
         length: tokens a row where that is less than `data.length`, which it divides: the rows are cut. So a recipe can
             spend its last tokens on longer rows than its first.
+        window: no window is longer than so many tokens while the stage trains and measures its own held-out loss;
+            behind it they are as the mixer says. What lies farther back has to go through exact heads or the memory
+            meanwhile, so that they learn to carry it.
     """
 
     tokens: int = Field(1_000_000, ge=1)
     batch: int = Field(8, ge=1)
     length: int | None = Field(None, ge=8)
+    window: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1)
     optimizer: Optimizer = Optimizer()
 

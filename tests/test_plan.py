@@ -107,6 +107,13 @@ def test_a_plan_counts_a_byte_of_each_number_in_fp8(exact: list[list[int]], dtyp
     assert share - plan.cache_share == pytest.approx(saved * dtype.itemsize / (plan.cache[8192][0] * 2))
 
 
+def test_a_stage_window_that_the_teachers_own_makes_idle_is_an_error(tiny_config) -> None:
+    recipe = short("control/window-only", "mixer.window.size=32", "stages.0.window=16")
+    assert make_plan(recipe, tiny_config("mistral", sliding_window=17)).stages
+    with pytest.raises(LinearizeError, match=r"stages.0.window` is 16.*longest: 16"):
+        make_plan(recipe, tiny_config("mistral", sliding_window=16))
+
+
 def test_the_given_config_is_left_alone(tiny_config) -> None:
     config = tiny_config()
     before = config.to_dict()

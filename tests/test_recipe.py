@@ -1,5 +1,7 @@
 """Recipes: YAML in and out, strictness, overrides, budgets, and what the packaged ones promise."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -348,6 +350,24 @@ def test_a_cache_dtype_without_a_window_or_exact_heads_is_an_error() -> None:
     assert Recipe.parse({"name": "r", "mixer": alone, "exact_heads": [[0, 1]]}, "r").mixer.cache_dtype == "fp8"
     with pytest.raises(LinearizeError, match="mixer"):
         Recipe.from_yaml("control/softmax-lora", ["mixer.cache_dtype=fp8"])
+
+
+@pytest.mark.parametrize(
+    ("mixer", "words"),
+    [
+        (None, "no `mixer.window` to shorten"),
+        ({"combine": "memory_only", "window": None}, "no `mixer.window` to shorten"),
+        ({"window": {"size": 16, "kind": "terrace"}}, "`mixer.window.kind` is terrace"),
+        ({"window": {"size": 8}}, "(largest: 8)"),
+        ({"window": {"size": [4, 8]}}, "(largest: 8)"),
+        ({"window": {"size": {"cache": "5%", "among": [4, 8]}}}, "(largest: 8)"),
+    ],
+)
+def test_a_stage_window_without_an_effect_is_an_error(mixer, words: str) -> None:
+    recipe = {"name": "r", "mixer": mixer, "stages": [{"stage": "finetune", "window": 8}]}
+    with pytest.raises(LinearizeError, match=re.escape(words)):
+        Recipe.parse(recipe, "r")
+    assert Recipe.parse({**recipe, "mixer": {"window": {"size": [4, 9]}}}, "r").stages[0].window == 8
 
 
 def test_rounds_replace_layers_that_are_spread_over_the_model() -> None:

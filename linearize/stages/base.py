@@ -28,6 +28,7 @@ from linearize.report.metrics import MetricsWriter
 from linearize.sharding import spread, training
 from linearize.stages.gradients import alike, clip, layer_norms
 from linearize.stages.spikes import Spikes, diagnose
+from linearize.stages.windows import shortened
 from linearize.surgery import Surgery
 
 SAVE_SECONDS = 30.0
@@ -230,7 +231,8 @@ def train(
     for parameter in trained.values():
         parameter.data = parameter.data.float()
     # Several processes stop together, behind the same step.
-    with run.signals.later() if run.processes.count > 1 else contextlib.nullcontext():
+    together = run.signals.later() if run.processes.count > 1 else contextlib.nullcontext()
+    with shortened(run.model, runner.settings.window), together:  # graphs captured meanwhile go in `finish`
         with training(runner, trained) as (worker, working):
             steps = Steps(worker, working, name)
             steps.run()

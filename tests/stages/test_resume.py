@@ -20,6 +20,7 @@ STAGES = {
     "distill all parameters": Distill(train="full", **SIZES),
     "preference": Preference(**SIZES),
     "transfer with patience": Transfer(patience=1, optimizer=Optimizer(lr=0.3, schedule="constant"), **SIZES),
+    "finetune with shorter windows": Finetune(window=3, train_mixer=True, **SIZES),
     "transfer in blocks": Transfer(block=2, train="qk", **SIZES),
     "transfer layer by layer": Transfer(order="layerwise", **SIZES),
 }

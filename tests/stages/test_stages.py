@@ -10,7 +10,7 @@ from linearize.data.masking import Masking, mask_rows
 from linearize.errors import LinearizeError
 from linearize.modeling.classes import packed_inputs
 from linearize.recipe import Recipe
-from linearize.recipe_mixer import Mixer
+from linearize.recipe_mixer import Mixer, Window
 from linearize.recipe_stages import Distill, Finetune, Lora, Optimizer, Stage, Transfer
 from linearize.stages import run_stage
 from linearize.stages.base import Progress, learning_rate, train
@@ -18,6 +18,7 @@ from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
 from linearize.stages.teachers import Teacher
 from linearize.stages.transfer import TransferRunner
+from linearize.stages.windows import shortened
 from linearize.surgery import convert
 
 LIGER = Mixer(
@@ -247,6 +248,76 @@ def test_attention_alone_trains_in_the_layers_that_are_converted_by_then(make_ru
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.1.self_attn." in name}
     assert {name.split(".")[4] for name in changed} >= {"q_proj", "k_proj", "v_proj", "o_proj", "mixer"}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Transfer(tokens=48 * 2 * 3, batch=2, window=3, optimizer=FAST),
+        Distill(tokens=48 * 2 * 3, batch=2, window=3, optimizer=FAST),
+    ],
+    ids=["transfer", "distill"],
+)
+def test_a_stage_window_trains_as_a_recipe_of_that_window_and_goes_with_the_stage(make_run, stage, overlap) -> None:
+    def mixer(size: int) -> Mixer:
+        return LIGER.model_copy(update={"window": Window(size=size, sinks=2), "overlap": overlap})
+
+    def windows(run) -> list[int]:
+        return [layer.self_attn.mixer.window for layer in run.model.model.layers]
+
+    trained, losses = [], []
+    for size, settings in ((8, stage), (3, stage.model_copy(update={"window": None}))):
+        torch.manual_seed(0)
+        run = make_run(mixer(size), folder=f"window-{size}")
+        records = []
+        run.progress = records.append
+        run_stage(settings, run, "stage")
+        assert windows(run) == [size] * 2
+        trained.append(run.model.state_dict())
+        losses.append([record["loss"] for record in records])
+    assert losses[0] == losses[1] and trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+    torch.manual_seed(0)
+    long = make_run(mixer(8), folder="long")
+
+    def stop(record) -> None:
+        assert record["loss"] != losses[0][0] and windows(long) == [8] * 2
+        raise KeyboardInterrupt
+
+    long.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(stage.model_copy(update={"window": None}), long, "stage")
+
+
+def test_a_stopped_stage_leaves_windows_as_they_were(make_run) -> None:
+    run = make_run(LIGER)
+    seen = []
+
+    def stop(record) -> None:
+        seen.extend(layer.self_attn.mixer.window for layer in run.model.model.layers)
+        raise KeyboardInterrupt
+
+    run.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(Finetune(tokens=48 * 2 * 3, batch=2, window=3), run, "finetune")
+    assert seen == [3, 3]
+    assert [layer.self_attn.mixer.window for layer in run.model.model.layers] == [8, 8]
+
+
+def test_compiled_layers_notice_shorter_windows(make_run) -> None:
+    model, ids = make_run(LIGER).model, torch.arange(3, 43)[None]
+    outputs = []
+    with torch.no_grad():
+        for compiled in (False, True):
+            for layer in model.model.layers if compiled else ():
+                layer.compile(dynamic=False, backend="eager")
+            for limit in (None, 3, None):
+                with shortened(model, limit):
+                    outputs.append(model(ids, use_cache=False).logits)
+    for eager, traced in zip(outputs[:3], outputs[3:], strict=True):
+        torch.testing.assert_close(traced, eager, rtol=0, atol=1e-5)
+    assert torch.equal(outputs[0], outputs[2]) and (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
 def test_clipping_happens(make_run) -> None:

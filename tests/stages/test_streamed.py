@@ -91,6 +91,7 @@ def compare(run: Run, stream: Stream) -> None:
         ("gemma2", Transfer(train="qkvo", block=2, **SIZES), {"exact": [(0, 1)]}),
         ("gpt2", Transfer(train="qkvo", lora=Lora(r=2), **SIZES), {"exact": [(1, 2)]}),
         ("llama", Transfer(**SIZES), {"exact": [(1, 0), (1, 1)]}),
+        ("llama", Transfer(window=3, **SIZES), {"exact": [(0, 1)]}),
     ],
 )
 def test_it_ends_where_the_resident_form_does(both, corpus, liger, family, settings, more) -> None:

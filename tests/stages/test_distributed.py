@@ -39,7 +39,7 @@ PLATEAU = Optimizer(lr=1e-2, schedule="plateau")
 STAGES = {
     "transfer": Transfer(train="qk", lora=Lora(r=2), patience=1, optimizer=PLATEAU, **SIZES),
     "finetune lora": Finetune(train_mixer=True, micro_batch=1, **SIZES),
-    "finetune full": Finetune(train="full", optimizer=Optimizer(lr=1e-4, mixer_lr=1e-3, clip=0.5), **SIZES),
+    "finetune full": Finetune(train="full", window=2, optimizer=Optimizer(lr=1e-4, mixer_lr=1e-3, clip=0.5), **SIZES),
     "distill": Distill(train="full", hidden=0.5, gradient_checkpointing=True, **SIZES),
     "preference": Preference(**SIZES),
 }

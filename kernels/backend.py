@@ -58,21 +58,6 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
     return "triton", "CUDA tensors of a supported dtype"
 
 
-def select(op: str, tensor: torch.Tensor, stored: torch.Tensor | None = None) -> str:
-    """Return the backend for `op` on tensors like `tensor`: "reference", "torch" or "triton".
-
-    Args:
-        op: file name of the op in `kernels/`.
-        tensor: one of q, k and v.
-        stored: what else it reads, where that may be float8.
-    """
-    backend = explain(op, tensor.device, tensor.dtype)[0]
-    if backend != "triton" or stored is None or stored.dtype != torch.float8_e4m3fn or not stored.is_cuda:
-        return backend
-    return "triton" if _reads_float8(stored.device.index) else "torch"
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _reads_float8(index: int) -> bool:
-    """Whether Triton has E4M3 on this GPU."""
-    return torch.cuda.get_device_capability(index) >= (8, 9)
+def select(op: str, tensor: torch.Tensor) -> str:
+    """Return the backend for `op` on tensors like `tensor`: "reference", "torch" or "triton"."""
+    return explain(op, tensor.device, tensor.dtype)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 from linearize.kernels.backend import select
 from linearize.kernels.delta import gated_delta_step
 from linearize.kernels.gated_linear import _check_shapes, gated_linear_attention, gated_linear_step, starts_of
+from linearize.kernels.microscaling import to_bytes
 from linearize.kernels.window import check_window, window_attention, window_step
 
 
@@ -152,7 +153,8 @@ def hybrid_step(
         v: [B, G, V].
         log_decay: None, [G], [B, G] or [B, G, K'].
         state: [B, G, K', V] in fp32, contiguous.
-        k_ring: last W keys [B, W, G, K]. Rings and sinks may be float8 (E4M3), where k and v were rounded to it.
+        k_ring: last W keys [B, W, G, K]. Rings and sinks of uint8 are stored numbers of MXINT8
+            (`kernels.microscaling`), to which k and v were rounded; writing them is then a launch of its own.
         v_ring: last W values [B, W, G, V].
         length: int64 [B], tokens of the row before this one.
         beta: [B, G], write strength: the memory then follows the gated delta rule (and has no norm), with memory_k of
@@ -174,22 +176,26 @@ def hybrid_step(
     memory_v = v if memory_v is None else memory_v
     if beta is not None and state_norm is not None:
         raise ValueError("the delta rule has no normalizer: give `beta` or `state_norm`, not both.")
-    if select("step", q, k_ring) == "triton" and memory_k.shape[1] == memory_v.shape[1] == k.shape[1]:
+    stored = k_ring.dtype == torch.uint8
+    triton = select("step", q) == "triton" and memory_k.shape[1] == memory_v.shape[1] == k.shape[1]
+    if stored or not triton:
+        new_k, new_v = (to_bytes(k), to_bytes(v)) if stored else (k, v)
+        _write(k_ring, new_k, length % k_ring.shape[1])
+        _write(v_ring, new_v, length % k_ring.shape[1])
+        if sink_k is not None and sink_v is not None:
+            last = sink_k.shape[1] - 1
+            fills = (length <= last)[:, None, None]
+            slot = length.clamp(max=last)
+            _write(sink_k, new_k.where(fills, _read(sink_k, slot)), slot)
+            _write(sink_v, new_v.where(fills, _read(sink_v, slot)), slot)
+    if triton:
         from linearize.kernels.step_triton import hybrid_step_triton
 
         near_o, lse, row_max, o, sums = hybrid_step_triton(
             q, k, v, k_ring, v_ring, sink_k, sink_v, length, memory_q, memory_k, memory_v, log_decay, beta, state,
-            state_norm, scale, memory_scale,
+            state_norm, scale, memory_scale, write=not stored,
         )  # fmt: skip
         return HybridOutput(near_o, lse, row_max, o, sums, state, state_norm)
-    _write(k_ring, k, length % k_ring.shape[1])
-    _write(v_ring, v, length % k_ring.shape[1])
-    if sink_k is not None and sink_v is not None:
-        last = sink_k.shape[1] - 1
-        fills = (length <= last)[:, None, None, None]
-        slot = length.clamp(max=last)
-        _write(sink_k, k, slot, fills)
-        _write(sink_v, v, slot, fills)
     near = window_step(q, k_ring, v_ring, sink_k, sink_v, length, scale=scale)
     if beta is not None:
         o = gated_delta_step(memory_q, memory_k, memory_v, beta, log_decay, state, scale=memory_scale)
@@ -198,14 +204,13 @@ def hybrid_step(
     return HybridOutput(near.o, near.lse, near.row_max, o, sums, state, state_norm)
 
 
-def _write(ring: Tensor, x: Tensor, slot: Tensor, chosen: Tensor | None = None) -> None:
-    """ring[b, slot[b]] = x[b], of rows that are chosen; float8 as bytes, which every device scatters."""
-    ring, new = _bytes(ring), _bytes(x[:, None].to(ring.dtype))
-    index = slot.view(-1, 1, 1, 1).expand(-1, 1, *ring.shape[2:])
-    if chosen is not None:
-        new = new.where(chosen, ring.gather(1, index))
-    ring.scatter_(1, index, new)
+def _index(x: Tensor, slot: Tensor) -> Tensor:
+    return slot.view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
 
 
-def _bytes(t: Tensor) -> Tensor:
-    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
+def _write(ring: Tensor, x: Tensor, slot: Tensor) -> None:
+    ring.scatter_(1, _index(ring, slot), x[:, None].to(ring.dtype))
+
+
+def _read(ring: Tensor, slot: Tensor) -> Tensor:
+    return ring.gather(1, _index(ring, slot))[:, 0]

@@ -13,6 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize.kernels.launch import Launch, play, unit_stride
+from linearize.kernels.microscaling import stored_numbers
+
+
+@triton.jit
+def _numbers(at, cols, mask, D, MX: tl.constexpr):
+    """Numbers [N, D] at rows' addresses `at` [N, 1]: as they are, or of MXINT8 (kernels/microscaling.py)."""
+    x = tl.load(at + cols, mask=mask, other=0)
+    if MX:
+        exponent = tl.load(at + D + cols // 32, mask=mask, other=0).to(tl.int32)
+        x = x.to(tl.int8, bitcast=True).to(tl.float32) * ((exponent << 23).to(tl.float32, bitcast=True) / 64)
+    return x
 
 
 @triton.jit
@@ -38,7 +49,7 @@ def _step(
     V: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
     FULL_V: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr,
     MEMORY: tl.constexpr, WINDOW: tl.constexpr, WRITE: tl.constexpr, SINKS: tl.constexpr, GATE: tl.constexpr,
-    NORM: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, PREC: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, MX: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     part, pair = tl.program_id(0), tl.program_id(1)
     b, g = (pair // G).to(tl.int64), pair % G
@@ -104,31 +115,22 @@ def _step(
                 top = tl.sum(q_R.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale_w
                 total += 1.0
                 acc += new_v.to(tl.float32)[None, :]
-                ring_k = new_k.to(k_ring.dtype.element_ty)  # rings may be float8, of which new_k is a number
-                ring_v = new_v.to(v_ring.dtype.element_ty)
-                tl.store(k_ring + b * k_r_b + new * k_r_s + g * k_r_h + ks, ring_k, mask=in_k)
-                tl.store(v_ring + b * v_r_b + new * v_r_s + g * v_r_h + cols, ring_v, mask=in_cols)
+                tl.store(k_ring + b * k_r_b + new * k_r_s + g * k_r_h + ks, new_k, mask=in_k)
+                tl.store(v_ring + b * v_r_b + new * v_r_s + g * v_r_h + cols, new_v, mask=in_cols)
                 if SINKS:
                     skip = tl.where(
                         past < S, 0, K + V
                     )  # added to an index, it masks the store of a token past the sinks
-                    tl.store(sink_k + b * k_s_b + past * k_s_s + g * k_s_h + ks, ring_k, mask=ks + skip < K)
-                    tl.store(sink_v + b * v_s_b + past * v_s_s + g * v_s_h + cols, ring_v, mask=cols + skip < V)
+                    tl.store(sink_k + b * k_s_b + past * k_s_s + g * k_s_h + ks, new_k, mask=ks + skip < K)
+                    tl.store(sink_v + b * v_s_b + past * v_s_s + g * v_s_h + cols, new_v, mask=cols + skip < V)
             if SINKS:
                 for n_0 in range(0, S, N):
                     a = n_0 + n
                     visible = (a < S) & (a <= past - W)
                     at = a.to(tl.int64)[:, None]
-                    k_N = tl.load(
-                        sink_k + b * k_s_b + at * k_s_s + g * k_s_h + ks[None, :],
-                        mask=visible[:, None] & in_k[None, :],
-                        other=0.0,
-                    )
-                    v_N = tl.load(
-                        sink_v + b * v_s_b + at * v_s_s + g * v_s_h + cols[None, :],
-                        mask=visible[:, None] & in_cols[None, :],
-                        other=0.0,
-                    )
+                    in_k_N, in_v_N = visible[:, None] & in_k[None, :], visible[:, None] & in_cols[None, :]
+                    k_N = _numbers(sink_k + b * k_s_b + at * k_s_s + g * k_s_h, ks[None, :], in_k_N, K, MX)
+                    v_N = _numbers(sink_v + b * v_s_b + at * v_s_s + g * v_s_h, cols[None, :], in_v_N, V, MX)
                     acc, top, total = _softmax_block(q_R, k_N, v_N, visible, acc, top, total, scale_w, PREC)
             for n_0 in range(0, tl.minimum(past + 1, W).to(tl.int32), N):
                 a = n_0 + n
@@ -136,16 +138,9 @@ def _step(
                 if WRITE:
                     visible = visible & (a != new)
                 at = a.to(tl.int64)[:, None]
-                k_N = tl.load(
-                    k_ring + b * k_r_b + at * k_r_s + g * k_r_h + ks[None, :],
-                    mask=visible[:, None] & in_k[None, :],
-                    other=0.0,
-                )
-                v_N = tl.load(
-                    v_ring + b * v_r_b + at * v_r_s + g * v_r_h + cols[None, :],
-                    mask=visible[:, None] & in_cols[None, :],
-                    other=0.0,
-                )
+                in_k_N, in_v_N = visible[:, None] & in_k[None, :], visible[:, None] & in_cols[None, :]
+                k_N = _numbers(k_ring + b * k_r_b + at * k_r_s + g * k_r_h, ks[None, :], in_k_N, K, MX)
+                v_N = _numbers(v_ring + b * v_r_b + at * v_r_s + g * v_r_h, cols[None, :], in_v_N, V, MX)
                 acc, top, total = _softmax_block(q_R, k_N, v_N, visible, acc, top, total, scale_w, PREC)
             row = b * G * R + g * R + head
             tl.store(
@@ -182,13 +177,12 @@ def _one_launch(
 ):  # fmt: skip
     """The launch of a step, and its outputs."""
     q = q_m if q_w is None else q_w
-    values = v_ring if v_m is None else v_m
+    G, V = _values(v_m, v_ring)
     B, H, K = q.shape
     KM = K if q_m is None else q_m.shape[-1]
-    G, V = values.shape[-2:]
     H = max(H, G)
     memory, window = state is not None, k_ring is not None
-    outputs = _outputs(q, values, norm, memory, window)
+    outputs = _outputs(q, v_m, v_ring, norm, memory, window)
     full_v = max(16, triton.next_power_of_2(V))
     block_v = min(32, full_v)
     parts = triton.cdiv(V, block_v) if memory else 0
@@ -209,22 +203,29 @@ def _one_launch(
         "BV": block_v, "NV": parts, "FULL_V": full_v, "ROWS": max(16, triton.next_power_of_2(H // G)), "N": 32,
         "MEMORY": memory, "WINDOW": window, "WRITE": write, "SINKS": sink_k is not None,
         "GATE": 0 if gate is None else gate.dim() - 1, "NORM": norm is not None, "DELTA": beta is not None,
-        "UNIT": eps > 0, "PREC": "tf32x3",
+        "UNIT": eps > 0, "MX": window and k_ring.dtype == torch.uint8, "PREC": "tf32x3",
     }  # fmt: skip
     return [Launch(_step, (parts + int(window), B * G, 1), args, constants, {}, warps=4, stages=2)], outputs
 
 
+def _values(v_m: Tensor | None, v_ring: Tensor | None) -> tuple[int, int]:
+    """G and V."""
+    G, V = (v_ring if v_m is None else v_m).shape[-2:]
+    return G, stored_numbers(V) if v_m is None and v_ring.dtype == torch.uint8 else V
+
+
 def _outputs(
-    q: Tensor, values: Tensor, norm: Tensor | None, memory: bool, window: bool
+    q: Tensor, v_m: Tensor | None, v_ring: Tensor | None, norm: Tensor | None, memory: bool, window: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B = q.shape[0]
-    H, V = max(q.shape[1], values.shape[-2]), values.shape[-1]
+    G, V = _values(v_m, v_ring)
+    H = max(q.shape[1], G)
     rows = (B, H) if window else (0,)
     return (
         q.new_empty((B, H, V) if window else (0,)),
         q.new_empty(rows, dtype=torch.float32),
         q.new_empty(rows, dtype=torch.float32),
-        values.new_empty((B, H, V) if memory else (0,)),
+        (q if v_m is None else v_m).new_empty((B, H, V) if memory else (0,)),
         q.new_empty((B, H) if norm is not None else (0,), dtype=torch.float32),
     )
 
@@ -244,7 +245,7 @@ def _(
     write, eps,
 ):  # fmt: skip
     q = q_m if q_w is None else q_w
-    return _outputs(q, v_ring if v_m is None else v_m, norm, state is not None, k_ring is not None)
+    return _outputs(q, v_m, v_ring, norm, state is not None, k_ring is not None)
 
 
 def gated_linear_step_triton(
@@ -286,11 +287,11 @@ def window_step_triton(
 def hybrid_step_triton(
     q_w: Tensor, k_w: Tensor, v_w: Tensor, k_ring: Tensor, v_ring: Tensor, sink_k: Tensor | None, sink_v: Tensor | None,
     length: Tensor, q_m: Tensor, k_m: Tensor, v_m: Tensor, log_decay: Tensor | None, beta: Tensor | None,
-    state: Tensor, norm: Tensor | None, scale_w: float, scale_m: float,
+    state: Tensor, norm: Tensor | None, scale_w: float, scale_m: float, write: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Run `hybrid_step` (see there for shapes) in one launch."""
     o_w, lse, row_max, o_m, sums = _launch(
         q_w, k_w, v_w, k_ring, v_ring, sink_k, sink_v, length, q_m, k_m, v_m, log_decay, beta, state, norm, scale_w,
-        scale_m, True, 0.0,
+        scale_m, write, 0.0,
     )  # fmt: skip
     return o_w, lse, row_max, o_m, None if norm is None else sums

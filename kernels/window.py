@@ -14,6 +14,7 @@ from torch import Tensor
 
 from linearize.kernels.backend import select
 from linearize.kernels.gated_linear import starts_of
+from linearize.kernels.microscaling import from_bytes
 
 BLOCK = 64
 
@@ -115,7 +116,8 @@ def window_step(
 
     Args:
         q: [B, H, K].
-        k_ring: last W keys [B, W, G, K]; token t lies in slot t % W. Rings and sinks may be float8 (E4M3).
+        k_ring: last W keys [B, W, G, K]; token t lies in slot t % W. Rings and sinks of uint8 are stored numbers of
+            MXINT8 (`kernels.microscaling`), so that their last axis is longer.
         v_ring: [B, W, G, V].
         sink_k: first S keys [B, S, G, K], or None.
         sink_v: [B, S, G, V], or None.
@@ -127,7 +129,7 @@ def window_step(
     Returns:
         o [B, H, V], log-sum-exp [B, H], largest score [B, H].
     """
-    if softcap is None and reach is None and select("step", q, k_ring) == "triton":
+    if softcap is None and reach is None and select("step", q) == "triton":
         from linearize.kernels.step_triton import window_step_triton
 
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -137,17 +139,21 @@ def window_step(
     visible = slot <= length[:, None]
     if reach is not None:
         visible = visible & ((length[:, None] - slot) % window <= reach[:, None])
-    keys, values = k_ring.float(), v_ring.float()
+    keys, values = _numbers(k_ring), _numbers(v_ring)
     if sink_k is not None and sink_v is not None:
         sink = torch.arange(sink_k.shape[1], device=q.device)
         visible = torch.cat([sink <= length[:, None] - window, visible], 1)
-        keys, values = torch.cat([sink_k.float(), keys], 1), torch.cat([sink_v.float(), values], 1)
+        keys, values = torch.cat([_numbers(sink_k), keys], 1), torch.cat([_numbers(sink_v), values], 1)
     batch, heads, key_dim = q.shape
     groups = keys.shape[2]
     queries = q.float().view(batch, groups, heads // groups, 1, key_dim) * (key_dim**-0.5 if scale is None else scale)
-    columns = keys.movedim(2, 1)[:, :, None], values.movedim(2, 1)
+    columns = keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1)
     o, lse, row_max = _softmax(queries, *columns, visible[:, None, None, None], softcap)
     return WindowOutput(o.flatten(1, 3).to(q.dtype), lse.flatten(1), row_max.flatten(1))
+
+
+def _numbers(stored: Tensor) -> Tensor:
+    return from_bytes(stored, torch.float32) if stored.dtype == torch.uint8 else stored
 
 
 def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:

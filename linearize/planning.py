@@ -16,6 +16,7 @@ from linearize.errors import LinearizeError
 from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, token_bytes
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_memories, choose_windows
+from linearize.kernels.microscaling import stored_bytes
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import ExactHeads, Probe, Recipe, SoftmaxLayers
 from linearize.recipe_mixer import MemoryLayers, WindowBudget
@@ -584,7 +585,8 @@ def _cache_bytes(
     family = family_of(config)
     _, groups, head_dim = family.heads(None, config)
     pair = 2 * head_dim * dtype.itemsize
-    exact_pair = 2 * head_dim if recipe.mixer is not None and recipe.mixer.cache_dtype == "fp8" else pair
+    microscaled = recipe.mixer is not None and recipe.mixer.cache_dtype == "mxint8"
+    exact_pair = 2 * stored_bytes(head_dim) if microscaled else pair
     exact: dict[int, int] = {}
     for layer, _ in _pairs(recipe):
         exact[layer] = exact.get(layer, 0) + 1

@@ -159,10 +159,10 @@ class Mixer(Strict):
             (LoLCATs and The Mamba in the Llama to the letter).
         memory_layers: which of the converted layers have a memory: all, a list, or as many as a probe chooses,
             `{keep: 0.2, by: recall}`. The others have the window alone.
-        cache_dtype: `fp8` rounds the keys (behind the rotary embedding) and values of converted layers, of the window,
-            its sinks and exact heads, to E4M3 (FP8 Formats for Deep Learning, arXiv:2209.05433) in training, evaluation
-            and decoding alike, the gradient straight through, so that the cache holds one byte of each; vLLM's
-            `kv_cache_dtype` does it behind training. States stay in fp32.
+        cache_dtype: `mxint8` rounds the keys (behind the rotary embedding) and values of converted layers, of the
+            window, its sinks and exact heads, to eight bits with a power of two for each block of 32 (Microscaling Data
+            Formats, arXiv:2310.10537), in training, evaluation and decoding alike, the gradient straight through, so
+            that the cache holds 33 bytes of 32 numbers. States stay in fp32.
     """
 
     feature_map: Part = Part(name="identity")
@@ -178,4 +178,4 @@ class Mixer(Strict):
     conv: Conv | None = None
     k_map_heads: Literal["kv", "query"] = "kv"
     memory_layers: Literal["all"] | Annotated[list[NonNegative], Field(min_length=1)] | MemoryLayers = "all"
-    cache_dtype: Literal["model", "fp8"] = "model"
+    cache_dtype: Literal["model", "mxint8"] = "model"

@@ -92,8 +92,8 @@ def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exact", [[], [[0, 1], [1, 0], [1, 1]]])
-def test_a_plan_counts_a_byte_of_each_number_in_fp8(exact: list[list[int]], dtype: torch.dtype, tiny_config) -> None:
-    recipe = short("gdn", "mixer.cache_dtype=fp8", f"exact_heads={exact}")
+def test_a_plan_counts_the_bytes_of_mxint8(exact: list[list[int]], dtype: torch.dtype, tiny_config) -> None:
+    recipe = short("gdn", "mixer.cache_dtype=mxint8", f"exact_heads={exact}")
     config = tiny_config()
     share = make_plan(short("gdn", f"exact_heads={exact}"), config, dtype=dtype).cache_share
     plan = make_plan(recipe, config, dtype=dtype)
@@ -102,8 +102,9 @@ def test_a_plan_counts_a_byte_of_each_number_in_fp8(exact: list[list[int]], dtyp
     cache = model(torch.ones(1, 1024, dtype=torch.long)).past_key_values
     assert plan.cache[1024][1] == cache.nbytes() - 8 * len({layer for layer, _ in exact})  # but for `exact_length`
     held = [(name, t.numel()) for layer in cache.layers for name, t in layer.tensors.items()]
-    numbers = sum(count for name, count in held if name.startswith(("window_", "sink_"))) + 8192 * 2 * 16 * len(exact)
-    saved = numbers * (dtype.itemsize - 1)
+    one = 2 * (16 + 1)  # bytes of a key and a value: 16 numbers of a byte, and the power of two of their block
+    stored = sum(count for name, count in held if name.startswith(("window_", "sink_"))) + 8192 * one * len(exact)
+    saved = stored // (16 + 1) * 16 * dtype.itemsize - stored
     assert share - plan.cache_share == pytest.approx(saved * dtype.itemsize / (plan.cache[8192][0] * 2))
 
 

@@ -333,7 +333,7 @@ def test_rounds_without_an_effect_are_an_error(recipe, words: str) -> None:
         ({"stages": [{"stage": "preference"}]}, "compares continuations"),
         ({"stages": [{"stage": "distill", "cache": True, "top_k": 4}]}, "which `causal: false` masks anew"),
         ({"exact_heads": {"keep": 2}}, "name layers and heads"),
-        ({"mixer": {"cache_dtype": "fp8"}}, "encoders have no cache"),
+        ({"mixer": {"cache_dtype": "mxint8"}}, "encoders have no cache"),
         ({"layers": {"keep": 0.5, "by": "kl"}}, "name layers and heads"),
     ],
 )
@@ -344,12 +344,12 @@ def test_what_needs_a_decoder_is_refused_in_a_recipe_for_encoders(recipe, words:
 
 
 def test_a_cache_dtype_without_a_window_or_exact_heads_is_an_error() -> None:
-    alone = {"combine": "memory_only", "window": None, "cache_dtype": "fp8"}
+    alone = {"combine": "memory_only", "window": None, "cache_dtype": "mxint8"}
     with pytest.raises(LinearizeError, match="there are none"):
         Recipe.parse({"name": "r", "mixer": alone}, "r")
-    assert Recipe.parse({"name": "r", "mixer": alone, "exact_heads": [[0, 1]]}, "r").mixer.cache_dtype == "fp8"
+    assert Recipe.parse({"name": "r", "mixer": alone, "exact_heads": [[0, 1]]}, "r").mixer.cache_dtype == "mxint8"
     with pytest.raises(LinearizeError, match="mixer"):
-        Recipe.from_yaml("control/softmax-lora", ["mixer.cache_dtype=fp8"])
+        Recipe.from_yaml("control/softmax-lora", ["mixer.cache_dtype=mxint8"])
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linearize.kernels.microscaling import microscaled
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.exact import ExactAttention
-from linearize.mixers.float8 import round_to_fp8
 from linearize.mixers.mixer import TokenMixer
 from linearize.mixers.parts import HeadShape
 
@@ -56,10 +56,10 @@ class LinearizedAttention(nn.Module):
         self.repeat = heads // groups
         self.exact_groups = exact
         self.context: SequenceContext | None = None
-        self.fp8 = spec.get("cache_dtype", "model") == "fp8"
+        self.microscaled = spec.get("cache_dtype", "model") == "mxint8"
         scaling, window = family.scaling(teacher, config), family.max_window(teacher, config)
         softcap = family.softcap(teacher)
-        self.exact = ExactAttention(scaling, window, softcap, family.causal, self.fp8) if exact else None
+        self.exact = ExactAttention(scaling, window, softcap, family.causal, self.microscaled) if exact else None
         self.mixer: TokenMixer | None = None
         if exact < groups:
             rest = groups - exact
@@ -113,8 +113,8 @@ class LinearizedAttention(nn.Module):
         if self.rotates:
             rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
             q_rotated, k_rotated = (t.to(v.dtype) for t in rotated)  # under autocast the rotary tables are fp32
-        if self.fp8:
-            k_rotated, v = round_to_fp8(k_rotated), round_to_fp8(v)
+        if self.microscaled:
+            k_rotated, v = microscaled(k_rotated), microscaled(v)
         cache = None if layer is None else layer.tensors
         if layer is not None:
             layer.advance(x.shape[1])

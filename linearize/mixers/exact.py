@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linearize.kernels.microscaling import from_bytes, to_bytes
 from linearize.kernels.window import cap_scores
 from linearize.mixers.context import SequenceContext, visible_mask
-from linearize.mixers.float8 import from_cache, to_cache
 
 Tensors = dict[str, Tensor]
 
@@ -27,7 +27,7 @@ class ExactAttention(nn.Module):
         max_window: the teacher's own sliding window, if it has one.
         softcap: the teacher's cap on attention scores, if it has one: scores then exist as [B, H, T, P].
         causal: tokens see no later ones; without it there is no cache, window or cap.
-        fp8: keys and values come rounded to fp8, and the cache holds one byte of each.
+        microscaled: keys and values come rounded to MXINT8, and the cache holds their bytes.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class ExactAttention(nn.Module):
         max_window: int | None = None,
         softcap: float | None = None,
         causal: bool = True,
-        fp8: bool = False,
+        microscaled: bool = False,
     ) -> None:
         super().__init__()
-        self.fp8 = fp8
+        self.microscaled = microscaled
         self.causal = causal
         self.softcap = softcap
         self.scaling = scaling
@@ -77,7 +77,7 @@ class ExactAttention(nn.Module):
         if fresh:
             cache["exact_length"] = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
             for name, t in (("exact_k", k), ("exact_v", v)):
-                cache[name] = to_cache(t.new_zeros(t.shape[0], capacity or 0, *t.shape[2:]), self.fp8)
+                cache[name] = self._stored(t.new_zeros(t.shape[0], capacity or 0, *t.shape[2:]))
         if q.shape[1] == 1 and context.is_plain and not fresh:
             return self._step(q, k, v, cache, capacity)
         q, k, v = (context.pack(t) for t in (q, k, v))
@@ -85,7 +85,7 @@ class ExactAttention(nn.Module):
         if fresh:
             out = self._attend(q, k, v, mask)
         else:
-            past = [from_cache(cache[name]).to(v.dtype) for name in ("exact_k", "exact_v")]
+            past = self._read(cache, v.dtype)
             keys, values = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
             out = self._attend(q, keys, values, self._with_past(mask, q, context, cache))
         self._remember(k, v, context, cache, capacity)
@@ -140,16 +140,24 @@ class ExactAttention(nn.Module):
         length = cache["exact_length"]
         self._grow(cache, 1, capacity)
         rows = torch.arange(length.shape[0], device=q.device)
-        cache["exact_k"].index_put_((rows, length), to_cache(k[:, 0], self.fp8))
-        cache["exact_v"].index_put_((rows, length), to_cache(v[:, 0], self.fp8))
+        cache["exact_k"].index_put_((rows, length), self._stored(k[:, 0]))
+        cache["exact_v"].index_put_((rows, length), self._stored(v[:, 0]))
         place = torch.arange(cache["exact_k"].shape[1], device=q.device)
         visible = place <= length[:, None]
         if self.max_window is not None:
             visible &= length[:, None] - place < self.max_window
-        keys, values = (from_cache(cache[name]).to(v.dtype) for name in ("exact_k", "exact_v"))
+        keys, values = self._read(cache, v.dtype)
         out = self._attend(q, keys, values, visible[:, None, None])
         length.add_(1)
         return out
+
+    def _stored(self, t: Tensor) -> Tensor:
+        """What the cache holds of keys or values."""
+        return to_bytes(t) if self.microscaled else t
+
+    def _read(self, cache: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        keys, values = cache["exact_k"], cache["exact_v"]
+        return (from_bytes(keys, dtype), from_bytes(values, dtype)) if self.microscaled else (keys, values)
 
     @staticmethod
     def _grow(cache: Tensors, places: int, capacity: int | None) -> None:
@@ -171,6 +179,6 @@ class ExactAttention(nn.Module):
         fits = ((index >= 0) & (index < lengths[:, None]))[..., None, None]
         rows = torch.arange(batch, device=k.device)[:, None]
         for name, tensor in (("exact_k", k), ("exact_v", v)):
-            moved = to_cache(tensor, self.fp8)[rows, index.clamp(0, length - 1)]
+            moved = self._stored(tensor)[rows, index.clamp(0, length - 1)]
             cache[name].copy_(torch.where(fits, moved, cache[name]))
         cache["exact_length"].copy_(before + lengths)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.kernels.hybrid import HybridOutput, hybrid_attention, hybrid_step
+from linearize.kernels.microscaling import from_bytes, to_bytes
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.convolution import ShortConvolution
-from linearize.mixers.float8 import from_cache, to_cache
 from linearize.mixers.parts import HeadShape
 from linearize.mixers.terrace import READ, terrace_memory, terrace_reach, terrace_step
 from linearize.registry import combines, feature_maps, gates, memories
@@ -80,7 +80,7 @@ class TokenMixer(nn.Module):
         self.softcap = softcap
         self.scaling = scaling
         self.rotary = spec["rotary"]
-        self.fp8 = spec.get("cache_dtype", "model") == "fp8"  # keys and values come rounded
+        self.microscaled = spec.get("cache_dtype", "model") == "mxint8"  # keys and values come rounded
         self.overlap = bool(spec["overlap"])
         remembers = _remembers(spec.get("memory_layers", "all"), shape.layer)
         self.combine: Any = _build(combines, spec["combine"] if remembers else {"name": "window_only"}, shape)
@@ -324,7 +324,7 @@ class TokenMixer(nn.Module):
             first = token + span - terrace_reach(self._document_index(k, starts, cache), self.terrace)
         if cache is None:
             return self._attend(q, k, v, first)
-        past = self._past(cache, "window_k", "sink_k"), self._past(cache, "window_v", "sink_v")
+        past = self._past(cache, "window_k", "sink_k", k.dtype), self._past(cache, "window_v", "sink_v", v.dtype)
         missing = (span - cache["length"]).clamp(min=0)[:, None]
         if not self.terrace:
             starts = torch.full(q.shape[:2], -1, device=q.device) if starts is None else starts
@@ -332,8 +332,8 @@ class TokenMixer(nn.Module):
         assert first is not None
         out = self._attend(
             torch.cat([q.new_zeros(q.shape[0], span, *q.shape[2:]), q], 1),
-            torch.cat([past[0].to(k.dtype), k], 1),
-            torch.cat([past[1].to(v.dtype), v], 1),
+            torch.cat([past[0], k], 1),
+            torch.cat([past[1], v], 1),
             torch.cat([missing.expand(-1, span), first], 1),
         )
         return WindowOutput(*(t[:, span:] for t in out))
@@ -350,7 +350,7 @@ class TokenMixer(nn.Module):
             softcap=self.softcap,
         )
 
-    def _past(self, cache: Tensors, ring: str, sink: str) -> Tensor:
+    def _past(self, cache: Tensors, ring: str, sink: str, dtype: torch.dtype) -> Tensor:
         """The cached sinks and window in order of time, [B, S + W, G, D]; rows with fewer tokens begin with rubbish."""
         length = cache["length"]
         place = torch.arange(self.sinks + self.window, device=length.device)
@@ -361,7 +361,7 @@ class TokenMixer(nn.Module):
         if self.sinks:
             early = cache[sink][rows, token[:, : self.sinks].clamp(min=0)]
             past = torch.cat([early, past], 1)
-        return from_cache(past)
+        return from_bytes(past, dtype) if self.microscaled else past
 
     def _delayed(
         self, stream: Tensors, context: SequenceContext, cache: Tensors | None
@@ -408,7 +408,7 @@ class TokenMixer(nn.Module):
             last = context.starts.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
             before = torch.where((last < 0) | (lengths == 0), before, -last)
         total = before + lengths
-        k, v = to_cache(k, self.fp8), to_cache(v, self.fp8)
+        k, v = self._stored(k), self._stored(v)
         if self.window:
             self._write_ring(cache, {"window_k": k, "window_v": v}, self.window, before, total, length)
         if self.delay:
@@ -446,13 +446,17 @@ class TokenMixer(nn.Module):
             chosen = fits.view(*fits.shape, *(1,) * (tensor.dim() - 2))
             cache[name].copy_(torch.where(chosen, tensor[rows, index].to(cache[name].dtype), cache[name]))
 
+    def _stored(self, t: Tensor) -> Tensor:
+        """What the cache holds of keys or values."""
+        return to_bytes(t) if self.microscaled else t
+
     def _empty_cache(self, k: Tensor, v: Tensor, stream: Tensors) -> Tensors:
         batch = k.shape[0]
         cache = {"length": torch.zeros(batch, dtype=torch.long, device=k.device)}
         for kind, size in (("window", self.window), ("sink", self.sinks)):
             if size:
-                cache[f"{kind}_k"] = to_cache(k.new_zeros(batch, size, *k.shape[2:]), self.fp8)
-                cache[f"{kind}_v"] = to_cache(v.new_zeros(batch, size, *v.shape[2:]), self.fp8)
+                cache[f"{kind}_k"] = self._stored(k.new_zeros(batch, size, *k.shape[2:]))
+                cache[f"{kind}_v"] = self._stored(v.new_zeros(batch, size, *v.shape[2:]))
         if self.delay:
             for name, t in stream.items():
                 cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
@@ -477,7 +481,6 @@ class TokenMixer(nn.Module):
         q, k = rotated
         length = cache["length"]
         rows = torch.arange(length.shape[0], device=length.device)
-        near = {name: from_cache(t) for name, t in cache.items() if name.startswith(("window_", "sink_"))}
         window, memory, normalizer = None, None, None
         stream: Tensors = {}
         if self.memory is not None:
@@ -494,9 +497,9 @@ class TokenMixer(nn.Module):
                     cache[f"pending_{name}"].index_put_((rows, length % self.delay), t * outside)
             if self._joins("all", "step"):
                 both = hybrid_step(
-                    q, k, v, entering.get("g"), cache["state"], near["window_k"], near["window_v"], length,
-                    beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=near.get("sink_k"),
-                    sink_v=near.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"],
+                    q, k, v, entering.get("g"), cache["state"], cache["window_k"], cache["window_v"], length,
+                    beta=entering.get("beta"), state_norm=cache.get("norm"), sink_k=cache.get("sink_k"),
+                    sink_v=cache.get("sink_v"), memory_q=q_memory, memory_k=entering["k"], memory_v=entering["v"],
                     scale=self.scaling, memory_scale=self.memory.scale,
                 )  # fmt: skip
                 window, memory, normalizer, _ = _branches(both)
@@ -508,17 +511,17 @@ class TokenMixer(nn.Module):
         if self.window and window is None:
             slot = (rows, length % self.window)
             early = (torch.arange(self.sinks, device=k.device) == length[:, None])[..., None, None]
-            for side, new in (("k", to_cache(k, self.fp8)), ("v", to_cache(v, self.fp8))):
+            for side, new in (("k", self._stored(k)), ("v", self._stored(v))):
                 cache[f"window_{side}"].index_put_(slot, new)
                 if self.sinks:
                     sink = cache[f"sink_{side}"]
                     sink.copy_(torch.where(early, new[:, None], sink))
             window = window_step(
                 q,
-                near["window_k"],
-                near["window_v"],
-                near.get("sink_k"),
-                near.get("sink_v"),
+                cache["window_k"],
+                cache["window_v"],
+                cache.get("sink_k"),
+                cache.get("sink_v"),
                 length,
                 scale=self.scaling,
                 softcap=self.softcap,

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
+from linearize.kernels.microscaling import microscaled
 from linearize.kernels.window import window_attention
 from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.combine import Average, MemoryOnly, SharedSoftmax
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.exact import ExactAttention
-from linearize.mixers.float8 import round_to_fp8
 from linearize.mixers.memories import AdditiveMemory
 
 LEAST_WEIGHT = 1e-12
@@ -82,8 +82,8 @@ def map_cross_entropy(
             q_rotated, k_rotated = q, k
             if student.rotates:
                 q_rotated, k_rotated = family.rotate(student.teacher_class, q, k, position_embeddings)
-            if module is student and student.fp8:
-                k_rotated = round_to_fp8(k_rotated)
+            if module is student and student.microscaled:
+                k_rotated = microscaled(k_rotated)
             queries = slice(exact * student.repeat, None)
             sides.append((q[:, :, queries], k[:, :, exact:], q_rotated[:, :, queries], k_rotated[:, :, exact:]))
     (_, _, q_teacher, k_teacher), (q, k, q_rotated, k_rotated) = sides

@@ -149,7 +149,7 @@ MISTAKES = {
     "a window": ({"combine": "average", "window": {"size": 4}}, "has no window"),
     "a memory that runs forward": ({"feature_map": "l2norm", "memory": "delta"}, "runs forward alone"),
     "a convolution": ({"conv": 4}, "looks back alone"),
-    "a cache": ({"cache_dtype": "fp8"}, "encoders have no cache"),
+    "a cache": ({"cache_dtype": "mxint8"}, "encoders have no cache"),
 }
 
 

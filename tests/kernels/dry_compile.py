@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 TYPES = {
     torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int64: "i64",

@@ -26,6 +26,7 @@ from linearize.kernels import configs, launch
 from linearize.kernels.delta import delta_product, delta_product_step, gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
+from linearize.kernels.microscaling import from_bytes, microscaled, stored_bytes
 from linearize.kernels.reference import gated_delta_reference, window_reference
 from linearize.kernels.scan import selective_scan
 from linearize.kernels.window import window_attention, window_step
@@ -313,25 +314,25 @@ def test_steps_follow_the_parallel_form(gate: str, sinks: int) -> None:
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
-def test_steps_read_and_write_float8(sinks: int) -> None:
-    """Of keys and values that were rounded, float8 rings and sinks lose nothing."""
-    B, T, H, G, K, V, W = 2, 9, 4, 2, 16, 24, 5
+def test_steps_read_and_write_mxint8(sinks: int) -> None:
+    """Of keys and values that were rounded, rings and sinks of bytes lose nothing."""
+    B, T, H, G, K, V, W = 2, 9, 4, 2, 16, 40, 5
     q = torch.randn(B, T, H, K)
-    k, v = (torch.randn(B, T, G, size).to(torch.float8_e4m3fn) for size in (K, V))
-    whole = hybrid_attention(q, k.float(), v.float(), window=W, sinks=sinks)
+    k, v = (microscaled(torch.randn(B, T, G, size) * torch.logspace(-2, 2, size)) for size in (K, V))
+    whole = hybrid_attention(q, k, v, window=W, sinks=sinks, memory_k=k / 100)
     state, length = torch.zeros(B, G, K, V), torch.zeros(B, dtype=torch.long)
     sizes = [(W, K), (W, V), *([(sinks, K), (sinks, V)] if sinks else [])]
-    k_ring, v_ring, *first = (torch.zeros(B, size, G, dim, dtype=torch.float8_e4m3fn) for size, dim in sizes)
+    k_ring, v_ring, *first = (torch.zeros(B, size, G, stored_bytes(dim), dtype=torch.uint8) for size, dim in sizes)
     sink_k, sink_v = first or (None, None)
     for t in range(T):
-        k_t, v_t = k[:, t].float(), v[:, t].float()
-        step = hybrid_step(q[:, t], k_t, v_t, None, state, k_ring, v_ring, length, sink_k=sink_k, sink_v=sink_v)
+        more = {"sink_k": sink_k, "sink_v": sink_v, "memory_k": k[:, t] / 100}
+        step = hybrid_step(q[:, t], k[:, t], v[:, t], None, state, k_ring, v_ring, length, **more)
         near = window_step(q[:, t], k_ring, v_ring, sink_k, sink_v, length)
         length += 1
         assert step.memory.dtype == step.window.dtype == torch.float32
         for got, wanted in ((step.window, whole.window), (near.o, whole.window), (step.memory, whole.memory)):
             torch.testing.assert_close(got, wanted[:, t], rtol=1e-4, atol=1e-4)
-    assert torch.equal(k_ring[:, (T - 1) % W].float(), k[:, -1].float())
+    assert torch.equal(from_bytes(k_ring[:, (T - 1) % W], k.dtype), k[:, -1])
 
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector"])

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dry_compile import Needs, compile_calls, transposed_accumulators
 
 from linearize.kernels import delta_triton, gated_linear_triton, launch, scan_triton, step_triton, window_triton
+from linearize.kernels.microscaling import stored_bytes
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 SPILL = {"vector": 2600, "scalar": 900, "none": 900, "window": 500}  # bytes a thread
@@ -63,18 +64,19 @@ def window(dim: int, sinks: int = 0, dtype: torch.dtype = torch.bfloat16) -> Cal
     return calls
 
 
-def step(dim: int, features: int, delta: bool = False, stored: torch.dtype = torch.bfloat16) -> Callable[[], None]:
+def step(dim: int, features: int, delta: bool = False, stored: bool = False) -> Callable[[], None]:
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(2, *shape, dtype=dtype)
 
     def calls() -> None:
-        rings = (new(size, 2, dim, dtype=stored) for size in (64, 64, 4, 4))
+        row, dtype = (stored_bytes(dim), torch.uint8) if stored else (dim, torch.bfloat16)
+        rings = (new(size, 2, row, dtype=dtype) for size in (64, 64, 4, 4))
         step_triton.hybrid_step_triton(
             new(8, dim), new(2, dim), new(2, dim), *rings,
             torch.zeros(2, dtype=torch.int64), new(8, features), new(2, features), new(2, dim),
             new(2) if delta else new(2, features), new(2) if delta else None,
             new(2, features, dim, dtype=torch.float32), None if delta else new(2, features, dtype=torch.float32),
-            1.0, 1.0,
+            1.0, 1.0, write=not stored,
         )  # fmt: skip
 
     return calls
@@ -155,8 +157,8 @@ def test_step() -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_a_step_whose_rings_are_float8(dim: int) -> None:
-    check(compile_calls(step(dim, 128, stored=torch.float8_e4m3fn), 90), 90, 0)
+def test_a_step_whose_rings_are_mxint8(dim: int) -> None:
+    check(compile_calls(step(dim, 128, stored=True), 90), 90, 0)
 
 
 @pytest.mark.parametrize("delta", [False, True])

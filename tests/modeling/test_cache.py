@@ -126,19 +126,19 @@ def test_a_static_cache_keeps_its_buffers(make_student, name):
 
 
 @pytest.mark.parametrize("places", [None, 40])
-def test_an_fp8_cache_has_a_byte_of_each_number_through_every_move(random_teacher, places):
+def test_an_mxint8_cache_holds_bytes_through_every_move(random_teacher, places):
     """One layer in fp64, where a key's last bit moves no rounding."""
     model = random_teacher("llama", (4, 2), 16, num_hidden_layers=1)
-    convert(model, {**MIXERS["gdn"], "cache_dtype": "fp8"}, exact_heads=[(0, 1)])
+    convert(model, {**MIXERS["gdn"], "cache_dtype": "mxint8"}, exact_heads=[(0, 1)])
     model.double()
     cache, rows = LinearizedCache(model.config, places), torch.tensor([2, 0, 0])
     for begin, end in ((0, 9), (9, 13), (13, 14), (14, 15)):
         run(model, IDS[:, begin:end], cache)
     before = cache.nbytes()
     run(model, IDS[:, 15:16], cache)
-    assert cache.nbytes() - before == (0 if places else 3 * 2 * 16)
+    assert cache.nbytes() - before == (0 if places else 3 * 2 * (16 + 1))
     held = cache.layers[0].tensors
-    assert held["window_k"].nbytes == held["window_v"].nbytes == 3 * 6 * 16
+    assert held["window_k"].nbytes == held["window_v"].nbytes == 3 * 6 * (16 + 1)
     cache.reorder_cache(rows)
     cache.batch_repeat_interleave(2)
     ids = IDS[rows].repeat_interleave(2, 0)

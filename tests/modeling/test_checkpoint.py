@@ -77,7 +77,7 @@ PAPER_LOLCATS = recipe_mixer("paper/lolcats", window={"size": 6, "sinks": 0})
 EVERYTHING = {**LIGER, "gate": {"name": "scalar"}, "output_norm": True, "output_gate": True, "overlap": False}
 TERRACE = {**LOLCATS, "window": {"size": 4, "sinks": 0, "kind": "terrace"}}
 MAMBAS = [recipe_mixer(name) for name in ("mamba", "paper/mamba1-llama", "paper/mamba2-llama")]
-FP8 = {**recipe_mixer("gdn", window=SHORT), "cache_dtype": "fp8"}
+MXINT8 = {**recipe_mixer("gdn", window=SHORT), "cache_dtype": "mxint8"}
 EXACT = [(0, 1), (1, 0)]
 
 
@@ -191,7 +191,7 @@ def test_checkpoints_load_where_linearize_is_not_installed(make_student, tmp_pat
         "paper": make_student(PAPER_LOLCATS, "qwen2", tie_word_embeddings=True),
         "everything": make_student(EVERYTHING, "qwen3"),
         "terrace": make_student(TERRACE),
-        "fp8": make_student(FP8),
+        "mxint8": make_student(MXINT8),
         "mamba1": make_student(MAMBAS[1], "qwen2"),
         "mamba2": make_student(MAMBAS[2], "qwen3"),
         "user": make_student({**LIGER, "gate": {"name": "test_half_life", "half_life": 12.0}}),
@@ -408,7 +408,7 @@ def test_a_copy_is_the_same_model(student):
     assert torch.equal(logits(copy.deepcopy(student)), logits(student))
 
 
-@pytest.mark.parametrize("mixer", [LIGER, LOLCATS, TERRACE, FP8, *MAMBAS])
+@pytest.mark.parametrize("mixer", [LIGER, LOLCATS, TERRACE, MXINT8, *MAMBAS])
 def test_a_decode_step_compiles_into_one_graph(make_student, mixer):
     model = make_student(mixer)
     step = torch.compile(model, backend="eager", fullgraph=True)

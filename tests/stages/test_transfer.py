@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from linearize.errors import LinearizeError
+from linearize.kernels.microscaling import microscaled
 from linearize.mixers.context import sequence_context
-from linearize.mixers.float8 import round_to_fp8
 from linearize.recipe import Recipe
 from linearize.recipe_mixer import Mixer
 from linearize.recipe_stages import Lora, Optimizer, Transfer
@@ -93,15 +93,15 @@ def test_maps_are_compared_by_cross_entropy(make_run, lolcats, corpus, family) -
         assert wanted > float(entropy)
 
 
-def test_maps_of_fp8_keys_are_of_the_keys_that_the_mixer_reads(make_run, lolcats, corpus) -> None:
-    runner = TransferRunner(Transfer(maps=1.0), make_run(lolcats.model_copy(update={"cache_dtype": "fp8"})))
+def test_maps_of_rounded_keys_are_of_the_keys_that_the_mixer_reads(make_run, lolcats, corpus) -> None:
+    runner = TransferRunner(Transfer(maps=1.0), make_run(lolcats.model_copy(update={"cache_dtype": "mxint8"})))
     runner.prepare()
     keys = []
     mixer = runner.layers[1].student.mixer
     mixer.register_forward_pre_hook(lambda module, args: keys.append(args[2][1]))
     runner._pass(corpus.train[:2], training=False)
     assert len(keys) > 1 and all(torch.equal(seen, keys[0]) for seen in keys)
-    assert torch.equal(keys[0], round_to_fp8(keys[0]))
+    assert torch.equal(keys[0], microscaled(keys[0]))
 
 
 def test_maps_alone_bring_the_mixers_map_to_the_teachers(make_run, lolcats) -> None:

@@ -35,6 +35,7 @@ CONTEXTS = (1024, 8192, 65536)
 BUDGET_CONTEXT = 8192  # where a share of the teacher's cache is taken
 SMALL_FILES = 64 * 2**20
 STATE_LIMIT = 2**30  # bytes, of one layer's memory for one row
+LENGTH_BYTES = 8  # of `exact_length`, in a layer with exact heads, for one row
 
 
 @dataclass(frozen=True)
@@ -607,7 +608,7 @@ def _cache_bytes(
             if like not in sizes:
                 sizes[like] = _mixer_cache_bytes(mixer, config, groups - kept, head_dim, dtype)
             mixed = sizes[like]
-        student += mixed + exact_pair * kept * context
+        student += mixed + exact_pair * kept * context + (LENGTH_BYTES if kept else 0)
     return teacher, student
 
 

@@ -75,9 +75,11 @@ def test_a_plan_counts_what_a_run_builds(name: str, family: str, tiny_config) ->
     teacher_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
     mixers = {}
     if recipe.mixer is not None:
-        surgery = convert(model, recipe.mixer.model_dump(), planning.converted_layers(recipe, config))
+        layers = planning.converted_layers(recipe, config)
+        surgery = convert(model, recipe.mixer.model_dump(), layers, recipe.exact_heads)
         family_class, decoder = family_of(model.config), model.get_decoder()
         mixers = {index: family_class.module(decoder, index).mixer for index in surgery.teachers}
+        mixers = {index: mixer for index, mixer in mixers.items() if mixer is not None}
     assert plan.mixer_parameters == sum(p.numel() for mixer in mixers.values() for p in mixer.parameters())
     student_cache = model(torch.ones(1, 200, dtype=torch.long)).past_key_values
     held = [tensor_bytes([(layer.keys, layer.values) for layer in teacher_cache.layers])]
@@ -100,7 +102,7 @@ def test_a_plan_counts_the_bytes_of_mxint8(exact: list[list[int]], dtype: torch.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     convert(model, recipe.mixer.model_dump(), exact_heads=recipe.exact_heads)
     cache = model(torch.ones(1, 1024, dtype=torch.long)).past_key_values
-    assert plan.cache[1024][1] == cache.nbytes() - 8 * len({layer for layer, _ in exact})  # but for `exact_length`
+    assert plan.cache[1024][1] == cache.nbytes()
     held = [(name, t.numel()) for layer in cache.layers for name, t in layer.tensors.items()]
     one = 2 * (16 + 1)  # bytes of a key and a value: 16 numbers of a byte, and the power of two of their block
     stored = sum(count for name, count in held if name.startswith(("window_", "sink_"))) + 8192 * one * len(exact)

@@ -12,10 +12,13 @@ from linearize import planning
 from linearize.aliases import alias_names
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval.memory import tensor_bytes
+from linearize.modeling import auto_class
 from linearize.modeling.classes import family_of
 from linearize.planning import check_disk, make_plan
 from linearize.recipe import Recipe, recipe_names
+from linearize.recipe_stages import Lora
 from linearize.speeds import read_speeds
+from linearize.stages.adapters import add_lora, lora_parameters, lora_targets
 from linearize.surgery import convert
 from linearize.teacher import load_config, resolve
 
@@ -38,9 +41,17 @@ PUBLISHED = {
 }
 
 
+def rows_of(recipe: Recipe, length: int) -> list[str]:
+    """Overrides for rows of `length` tokens, a stage's own ones as much shorter as its recipe has them."""
+    own = {index: stage.length for index, stage in enumerate(recipe.stages) if stage.length is not None}
+    shorter = {index: max(8, each * length // recipe.data.length) for index, each in own.items()}
+    return [f"data.length={length}", *(f"stages.{index}.length={each}" for index, each in shorter.items())]
+
+
 def short(name: str, *overrides: str) -> Recipe:
     """A packaged recipe on rows that fit the tiny teacher."""
-    return Recipe.from_yaml(name).with_overrides(["data.length=64", *overrides])
+    recipe = Recipe.from_yaml(name)
+    return recipe.with_overrides([*rows_of(recipe, 64), *overrides])
 
 
 @pytest.mark.parametrize("alias", alias_names())
@@ -265,10 +276,47 @@ def test_what_does_not_fit_is_named(overrides: list[str], words: list[str], tiny
         assert word in str(caught.value)
 
 
+# LoRA targets of a feed-forward part, and the modules of the same size in a family.
+FEED_FORWARD = {
+    "llama": ["gate_proj", "up_proj", "down_proj"],
+    "phi3": ["gate_up_proj", "down_proj"],
+    "gpt2": ["mlp.c_fc", "mlp.c_proj"],
+    "gpt_neox": ["dense_h_to_4h", "dense_4h_to_h"],
+    "falcon": ["dense_h_to_4h", "dense_4h_to_h"],
+    "mixtral": [],
+    "qwen3_moe": [],
+}
+
+
+@pytest.mark.parametrize("family", FEED_FORWARD)
+def test_feed_forward_targets_are_found_in_every_decoder(family: str, tiny_config) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(family))
+    attention = lora_targets(model, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    parts = ["gate_proj", "up_proj", "down_proj"]
+    assert lora_targets(model, ["q_proj", "k_proj", "v_proj", "o_proj", *parts]) == attention + FEED_FORWARD[family]
+    if not FEED_FORWARD[family]:
+        with pytest.raises(UnknownNameError, match="LoRA target 'gate_proj'"):
+            lora_targets(model, parts)
+    with pytest.raises(UnknownNameError, match="LoRA target 'gate'"):
+        lora_targets(model, ["q_proj", "k_proj", "v_proj", "gate"])
+    add_lora(model, Lora(r=3, targets=parts), lora_targets(model, ["q_proj", "k_proj", "v_proj", *parts]))
+    adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in lora_parameters(model)}
+    assert {name.rpartition(".")[2] for name in FEED_FORWARD[family]} <= adapted
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_feed_forward_target_that_is_not_there_alone_is_an_error(family: str, tiny_config) -> None:
+    model = auto_class(family).from_config(tiny_config(family))
+    with pytest.raises(UnknownNameError, match="LoRA target 'gate_proj'"):
+        lora_targets(model, ["gate_proj"])
+
+
 def test_fused_projections_take_all_of_q_k_and_v(tiny_config) -> None:
     plain = make_plan(short("liger"), tiny_config("phi3"))
     named = make_plan(short("liger", "stages.1.lora.targets=[qkv_proj, o_proj]"), tiny_config("phi3"))
     assert plain.stages[1].trained == named.stages[1].trained
+    with pytest.raises(LinearizeError, match=r"'up_proj' without 'gate_proj'.*gate_up_proj"):
+        make_plan(short("liger", "stages.1.lora.targets=[up_proj, o_proj]"), tiny_config("phi3"))
     with pytest.raises(LinearizeError, match=r"'q_proj' without 'v_proj'.*qkv_proj"):
         make_plan(short("liger", "stages.1.lora.targets=[q_proj, k_proj]"), tiny_config("phi3"))
     with pytest.raises(LinearizeError, match=r"'q_proj' without 'v_proj'.*qkv_proj"):

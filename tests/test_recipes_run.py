@@ -37,15 +37,23 @@ def rotation(seed: int) -> list[tuple[str, str]]:
     return chosen
 
 
+def rows_of(recipe: Recipe, length: int) -> list[str]:
+    """Overrides for rows of `length` tokens, a stage's own ones as much shorter as its recipe has them."""
+    own = {index: stage.length for index, stage in enumerate(recipe.stages) if stage.length is not None}
+    shorter = {index: max(8, each * length // recipe.data.length) for index, each in own.items()}
+    return [f"data.length={length}", *(f"stages.{index}.length={each}" for index, each in shorter.items())]
+
+
 def small(recipe: Recipe) -> Recipe:
     """A recipe with two steps of every stage, on rows that fit the tiny teacher and reach beyond the window."""
-    changes = [f"data.length={LENGTH}", "data.held_out=1"]
+    recipe = recipe.with_overrides(rows_of(recipe, LENGTH))
+    changes = ["data.held_out=1"]
     if recipe.mixer is not None and recipe.mixer.window is not None:
         changes.append("mixer.window.size=6")
-    for index in range(len(recipe.stages)):
+    for index, own in enumerate(recipe.stages):
         changes += [f"stages.{index}.micro_batch=1", f"stages.{index}.batch=2"]
-        rounds = [stage.stage for _, stage in recipe.schedule()].count(recipe.stages[index].stage)
-        changes.append(f"stages.{index}.tokens={2 * 2 * LENGTH * rounds}")
+        rounds = sum(own == stage.model_copy(update={"tokens": own.tokens}) for _, stage in recipe.schedule())
+        changes.append(f"stages.{index}.tokens={2 * 2 * own.row_length(LENGTH) * rounds}")
     return recipe.with_overrides(changes)
 
 
@@ -63,7 +71,7 @@ def test_ls_shows_every_recipe_part_and_family(capsys) -> None:
 @pytest.mark.parametrize(("recipe", "family"), PAIRS)
 def test_a_recipe_plans_for_every_family_that_it_fits(tiny_config, recipe, family) -> None:
     config = tiny_config(family, num_hidden_layers=8)
-    plan = make_plan(RECIPES[recipe].with_overrides([f"data.length={LENGTH}"]), config)
+    plan = make_plan(RECIPES[recipe].with_overrides(rows_of(RECIPES[recipe], LENGTH)), config)
     converted = [layer.index for layer in plan.layers if layer.kind == "converted"]
     assert converted == converted_layers(RECIPES[recipe], config)
     assert (RECIPES[recipe].mixer is None) == (converted == [])
@@ -96,9 +104,9 @@ def run_stages(random_teacher, folder, recipe: str, family: str) -> None:
     model = random_teacher(family, num_hidden_layers=layers)
     chosen = place_heads(small(RECIPES[recipe]), model.config, torch.float32)
     ids = torch.randint(3, 61, (4, LENGTH), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    positions = torch.cat([torch.arange(12), torch.arange(LENGTH - 12)]).int().expand(4, -1)
+    positions = torch.cat([torch.arange(12), torch.arange(LENGTH - 12)]).int().repeat(4, 1)
     rows = PackedRows(ids, positions, torch.where(positions == 0, -100, ids))
-    halves = torch.arange(LENGTH // 2).repeat(2).int().expand(4, -1)
+    halves = torch.arange(LENGTH // 2).repeat(2).int().repeat(4, 1)
     answers = PackedRows(ids, halves, torch.where(halves < 4, -100, ids))
     pairs = Corpus(answers, answers[:1], "", "", {})
     masking = {} if chosen.causal else {"masking": {"token": 60, "vocabulary": 60}}
@@ -115,7 +123,11 @@ def run_stages(random_teacher, folder, recipe: str, family: str) -> None:
         if surgery is not None and chosen.progressive > 1:
             surgery.activate(layer for earlier in range(turn + 1) for layer in chosen.joining(converted, earlier))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        own = replace(run, teacher_copy=needs_teacher_copy(chosen, model.config, index))
+        own = replace(
+            run,
+            corpus=corpus.with_length(stage.row_length(LENGTH)),
+            teacher_copy=needs_teacher_copy(chosen, model.config, index),
+        )
         if surgery is not None and isinstance(stage, Transfer):
             own.surgery = surgery.only(chosen.joining(converted, turn))
         if isinstance(stage, Preference):

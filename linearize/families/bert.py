@@ -7,7 +7,7 @@ Legend: B batch, T tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class EncoderProjections(InterleavedProjections):
         "v_proj": "self.value",
         "o_proj": "output.dense",
     }
+    feed_forward: ClassVar[dict[str, str | None]] = {}  # whose second name ends as that of attention's output does
     causal = False
     isolates_documents = False
 

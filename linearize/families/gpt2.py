@@ -5,7 +5,7 @@ Legend: B batch, T tokens, H heads, D head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,11 @@ class Conv1dProjections(InterleavedProjections):
     layers = "h"
     attention = "attn"
     projections = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn"), "o_proj": "c_proj"}
+    feed_forward: ClassVar[dict[str, str | None]] = {
+        "gate_proj": None,
+        "up_proj": "mlp.c_fc",
+        "down_proj": "mlp.c_proj",
+    }
 
     @staticmethod
     def check(config: Any) -> None:

@@ -9,7 +9,7 @@ Legend: B batch, T tokens, H query heads, G KV heads, R = H / G, D head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ class InterleavedProjections(SeparateProjections):
 
     attention = "attention"
     projections = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "query_key_value"), "o_proj": "dense"}
+    feed_forward: ClassVar[dict[str, str | None]] = {
+        "gate_proj": None,
+        "up_proj": "dense_h_to_4h",
+        "down_proj": "dense_4h_to_h",
+    }
 
     @staticmethod
     def heads(attention: nn.Module | None, config: Any) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, H query heads, G KV heads, D head dim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ class FusedProjections(SeparateProjections):
     """As `SeparateProjections`, with `qkv_proj` whose outputs are those of q, then k, then v."""
 
     projections = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "o_proj": "o_proj"}
+    feed_forward: ClassVar[dict[str, str | None]] = {
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    }
 
     @staticmethod
     def project(module: Any, x: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class SeparateProjections:
         attention: the attention module's name in a layer.
         projections: what each of the four projections is called in the attention module. Names that are given twice
             are one fused projection.
+        feed_forward: what `gate_proj`, `up_proj` and `down_proj` are called in a layer, likewise; None is what the
+            family does not have.
         passes_context: the decoder hands unknown arguments on to its attention modules.
         causal: tokens see no later ones.
         isolates_documents: the teacher's softmax keeps packed documents apart by their `position_ids`.
@@ -42,6 +44,7 @@ class SeparateProjections:
     layers = "layers"
     attention = "self_attn"
     projections = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    feed_forward: ClassVar[dict[str, str | None]] = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
     passes_context = True
     causal = True
     isolates_documents = True

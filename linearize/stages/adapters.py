@@ -19,8 +19,10 @@ from linearize.recipe_stages import Lora
 def lora_targets(model: Any, targets: list[str]) -> list[str]:
     """Return a recipe's LoRA targets by the names that they have in a model.
 
-    A recipe names attention's projections `q_proj`, `k_proj`, `v_proj` and `o_proj`; where a family calls them
-    otherwise, they are found through it. Any other name is a linear module's own.
+    A recipe names attention's projections `q_proj`, `k_proj`, `v_proj` and `o_proj`, and the feed-forward part's
+    `gate_proj`, `up_proj` and `down_proj`; where a family calls them otherwise, they are found through it, and of the
+    latter those that a model has not, such as a gate in GPT-2 or what experts hold, are left out. Any other name is a
+    linear module's own.
 
     Args:
         model: a teacher or a converted model of a known family.
@@ -36,12 +38,13 @@ def lora_targets(model: Any, targets: list[str]) -> list[str]:
     family = family_of(model.config)
     linear = _linear_names(model)
     wanted = {target: _resolve(family, target, targets, linear, family.attention) for target in targets}
-    for target, name in wanted.items():
+    present = {target: name for target, name in wanted.items() if not _lacks(model, family, name, linear)}
+    for target, name in (present or wanted).items():
         if not any(_matches(known, name) for known in linear):
             raise UnknownNameError(
                 "LoRA target", target, {known.rpartition(".")[2] for known in linear}, "lora.targets"
             )
-    return list(dict.fromkeys(wanted.values()))
+    return list(dict.fromkeys(present.values()))
 
 
 def attention_targets(family: Any, targets: list[str]) -> list[str]:
@@ -59,16 +62,25 @@ def attention_targets(family: Any, targets: list[str]) -> list[str]:
 
 def _resolve(family: Any, target: str, targets: list[str], linear: set[str], parent: str = "") -> str:
     """One target's name in the model; a name that the model has itself is taken as it is."""
-    name = family.projections.get(target)
+    own = family.feed_forward if target in family.feed_forward else family.projections
+    name = own.get(target)
     if name is None or name == target or any(_matches(known, target) for known in linear):
         return target
-    absent = [other for other, fused in family.projections.items() if fused == name and other not in targets]
+    absent = [other for other, fused in own.items() if fused == name and other not in targets]
     if absent:
         raise LinearizeError(
             f"The LoRA target {target!r} without {' and '.join(map(repr, absent))} does not fit this model, which has "
             f"them fused in one projection, {name}; name all of them, or {name!r}."
         )
-    return f"{parent}.{name}" if parent else str(name)
+    return f"{parent}.{name}" if parent and own is family.projections else str(name)
+
+
+def _lacks(model: Any, family: Any, name: str, linear: set[str]) -> bool:
+    """Whether a model has no such projection, for a reason: its family has none, or experts stand in the place."""
+    if name not in family.feed_forward or any(_matches(known, name) for known in linear):
+        return False
+    experts = any(module.endswith(".experts") for module, _ in model.named_modules())
+    return experts or family.feed_forward[name] is None
 
 
 def _linear_names(module: nn.Module) -> set[str]:

@@ -67,9 +67,10 @@ def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exponents(t: Tensor) -> Tensor:
-    """The biased exponent of each block's largest number, int32 [..., N]; 1 where all are about 0."""
+    """The biased exponent of each block's largest number, int32 [..., N]; 7 at least, whose step is a normal number."""
     largest = F.pad(t.float().abs(), (0, -t.shape[-1] % MX_BLOCK)).unflatten(-1, (-1, MX_BLOCK)).amax(-1)
-    return (largest.view(torch.int32) >> EXPONENT_BITS).clamp(7, 254)
+    exponents: Tensor = largest.view(torch.int32) >> EXPONENT_BITS
+    return exponents.clamp(7, 254)
 
 
 def _steps(exponents: Tensor, dim: int) -> Tensor:

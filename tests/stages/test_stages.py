@@ -10,9 +10,9 @@ from linearize.data.masking import Masking, mask_rows
 from linearize.errors import LinearizeError
 from linearize.modeling.classes import packed_inputs
 from linearize.recipe import Recipe
-from linearize.recipe_mixer import Mixer, Window
+from linearize.recipe_mixer import Mixer, Part, Window
 from linearize.recipe_stages import Distill, Finetune, Lora, Optimizer, Stage, Transfer
-from linearize.stages import run_stage
+from linearize.stages import finetune, run_stage
 from linearize.stages.base import Progress, learning_rate, train
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
@@ -224,6 +224,27 @@ def test_lora_trains_only_its_targets_and_is_merged(make_run, mixer) -> None:
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"q_proj", "o_proj"}
+
+
+def test_merging_is_judged_on_keys_and_values_that_are_not_rounded(make_run, monkeypatch) -> None:
+    """What merging moves by a last bit, here by 1e-5, can move a rounding by a level; the merged model rounds again."""
+    run = make_run(Mixer(combine=Part(name="window_only"), cache_dtype="mxint8"))
+    attention, merge, factor = run.model.model.layers[0].self_attn, finetune.merge_lora, 1 + 1e-5
+
+    def inexact(model) -> None:
+        merge(model)
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.mul_(factor)
+
+    monkeypatch.setattr(finetune, "merge_lora", inexact)
+    monkeypatch.setattr(finetune, "MERGE_TOLERANCE", {torch.float32: 2e-4})
+    stage = Finetune(tokens=48 * 4, batch=2, lora=Lora(r=2), optimizer=FAST)
+    run_stage(stage, run, "finetune")
+    assert attention.microscaled
+    factor = 1.1
+    with pytest.raises(LinearizeError, match="changed logits"):
+        run_stage(stage, run, "finetune-2")
+    assert attention.microscaled
 
 
 def test_a_lora_target_that_matches_nothing_is_an_error(make_run) -> None:

@@ -148,7 +148,7 @@ def window_step(
     groups = keys.shape[2]
     queries = q.float().view(batch, groups, heads // groups, 1, key_dim) * (key_dim**-0.5 if scale is None else scale)
     columns = keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1)
-    o, lse, row_max = _softmax(queries, *columns, visible[:, None, None, None], softcap)
+    o, lse, row_max = masked_softmax(queries, *columns, visible[:, None, None, None], softcap)
     return WindowOutput(o.flatten(1, 3).to(q.dtype), lse.flatten(1), row_max.flatten(1))
 
 
@@ -161,7 +161,7 @@ def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _softmax(
+def masked_softmax(
     queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masked softmax attention: queries [B, G, R, ..., C, K], keys [B, G, 1, ..., J, K], values [B, G, ..., J, V]."""
@@ -219,7 +219,7 @@ def _blocked(
         rows = torch.arange(batch, device=q.device)[:, None]
         keys = torch.cat([keys, k.float()[rows, at].unflatten(1, (blocks, sinks)).movedim(3, 1)], 3)
         values = torch.cat([values, v.float()[rows, at].unflatten(1, (blocks, sinks)).movedim(3, 1)], 3)
-    o, lse, row_max = _softmax(queries, keys[:, :, None], values, visible[:, None, None], softcap)
+    o, lse, row_max = masked_softmax(queries, keys[:, :, None], values, visible[:, None, None], softcap)
 
     def join(x: Tensor) -> Tensor:
         """[B, G, R, N, C, ...] -> [B, T, H, ...]"""

@@ -51,7 +51,8 @@ def check_mixer(mixer: dict[str, Any], where: str = "mixer", causal: bool = True
             f"`{where}.memory_layers` leaves layers with the window alone, and `{where}.combine: "
             f"{mixer['combine']['name']}` does not use both a window and a memory; drop it, or use another combine."
         )
-    normalizes = mixer["normalize"] or combine.shares_denominator
+    _check_log_weights(mixer, found, where)
+    normalizes = mixer["normalize"] or (combine.shares_denominator and not getattr(combine, "log_weights", False))
     if normalizes and combine.uses_memory and not found["feature_map"].positive:
         raise LinearizeError(
             f"`{where}.normalize` (or a shared denominator) needs features of at least 0, which "
@@ -104,6 +105,48 @@ def _check_bidirectional(mixer: dict[str, Any], found: dict[str, Any], where: st
         raise LinearizeError(
             f"`{where}.cache_dtype` has no effect with `causal: false`: encoders have no cache; drop it."
         )
+
+
+def _check_log_weights(mixer: dict[str, Any], found: dict[str, Any], where: str) -> None:
+    """Check that a softmax over window and memory has both, and that nothing else changes what it weighs."""
+    name, combine = mixer["memory"]["name"], mixer["combine"]["name"]
+    joins, memory = getattr(found["combine"], "log_weights", False), getattr(found["memory"], "log_weights", False)
+    if not found["combine"].uses_memory:
+        return
+    if joins and not memory:
+        raise LinearizeError(
+            f"`{where}.combine: {combine}` needs a memory that is a softmax over tokens, which `{where}.memory: "
+            f"{name}` is not; use retain."
+        )
+    if memory and not joins:
+        raise LinearizeError(
+            f"`{where}.memory: {name}` shares one softmax with the window, which `{where}.combine: {combine}` does not "
+            "make; use joint."
+        )
+    if not memory:
+        return
+    window = mixer["window"] or {}
+    needs: dict[str, tuple[Any, Any]] = {
+        "rotary": (mixer["rotary"], True),
+        "overlap": (mixer["overlap"], False),
+        "feature_map": (mixer["feature_map"]["name"], "identity"),
+        "gate": (mixer["gate"]["name"], "none"),
+        "normalize": (mixer["normalize"], False),
+        "output_norm": (mixer["output_norm"], False),
+        "conv": (mixer.get("conv"), None),
+        "window.kind": (window.get("kind", "sliding"), "sliding"),
+        "k_map_heads": (mixer.get("k_map_heads", "kv"), "kv"),
+    }
+    for key, (given, needed) in needs.items():
+        if given != needed:
+            raise LinearizeError(
+                f"`{where}.memory: {name}` reads whole tokens as the teacher's softmax does, each once, and needs "
+                f"`{where}.{key}: {_yaml(needed)}`, got {_yaml(given)}."
+            )
+
+
+def _yaml(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}.get(value, str(value)) if not isinstance(value, dict) else "one"
 
 
 def _check_memory(mixer: dict[str, Any], found: dict[str, Any], normalizes: bool, where: str) -> None:

@@ -3,7 +3,8 @@
 Legend: H query heads, V value dim. Every combine is a module
 `combine(window: WindowOutput | None, memory [..., H, V] | None, normalizer [..., H] | None) -> [..., H, V]`; the class
 says with `uses_window`, `uses_memory` and `shares_denominator` what it needs. One that says `reads_input` is given the
-layer's input as well, `x=[..., hidden]`.
+layer's input as well, `x=[..., hidden]`; one that says `log_weights` needs a memory that does, whose normalizer is the
+log-sum-exp of its scores.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Combine(Fp32Part):
     uses_memory = True
     shares_denominator = False
     reads_input = False
+    log_weights = False
 
     def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not say how it combines: define forward().")
@@ -166,3 +168,20 @@ class SharedSoftmax(Combine):
         share = share[..., None]
         outside = memory.float() / normalizer.clamp(min=1e-20)[..., None]
         return (share * window.o.float() + (1 - share) * outside).to(window.o.dtype)
+
+
+@combines.register("joint")
+class Joint(Combine):
+    """One softmax over window and memory: `(e^lse_w window + e^lse_m memory) / (e^lse_w + e^lse_m)`, in fp32."""
+
+    shares_denominator = True
+    log_weights = True
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+
+    def forward(self, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Tensor:
+        assert window is not None and memory is not None and normalizer is not None
+        lowest = torch.finfo(normalizer.dtype).min
+        share = (window.lse - normalizer.clamp(min=lowest)).sigmoid()[..., None]  # no NaN where both are empty
+        return (share * window.o.float() + (1 - share) * memory.float()).to(window.o.dtype)

@@ -8,7 +8,9 @@ must leave the state as it is: that is how padding, sinks and tokens still insid
 that has no sum of weights to divide by says `normalizes = False`; one that is stable only for keys of length 1 at most
 says `needs_unit`; one that needs a gate per channel says `needs_channels`; one whose decay is its own `own_decay`.
 A memory may have a `skip`, a module that adds to its outputs what the token itself holds. `joins_window` says whether
-`hybrid_step` (`step`) or `hybrid_attention` too (`all`) runs its update rule together with the window.
+`hybrid_step` (`step`) or `hybrid_attention` too (`all`) runs its update rule together with the window. One that is a
+softmax over tokens says `log_weights`: it returns normalized outputs and, in the place of sums of weights, their
+logarithms; the mixer sets its `scale` and `softcap` to the teacher's.
 One that serves encoders, whose tokens see later ones as well, says `bidirectional` and has
 `both_ways(q, stream, starts) -> (outputs, sums of weights or None)`.
 """

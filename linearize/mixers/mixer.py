@@ -110,6 +110,8 @@ class TokenMixer(nn.Module):
             self.gate = _build(gates, spec["gate"], inner)
             normalize = bool(spec["normalize"]) or self.combine.shares_denominator
             self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
+            if getattr(self.memory, "log_weights", False):
+                self.memory.scale, self.memory.softcap = scaling, softcap
             if spec["output_norm"] is True:
                 self.norm = HeadNorm(shape.head_dim, eps=1e-6)
             elif spec["output_norm"] == "per_head":

@@ -40,6 +40,7 @@ MODULES = (
     "linearize.mixers.feature_maps",
     "linearize.mixers.gates",
     "linearize.mixers.memories",
+    "linearize.mixers.retain",
     "linearize.mixers.combine",
     "linearize.mixers.context",
     "linearize.mixers.convolution",

@@ -385,6 +385,11 @@ def _gated(near, far, p):
     return (gates[:heads] * p["window"])[:, None] * near + (gates[heads:] * p["memory"])[:, None] * far
 
 
+def _joint(scores, values, memory, log_weight):
+    near, far = scores.exp().sum(-1, keepdim=True), log_weight.exp()[:, None]
+    return (near * _softmax(scores, values) + far * memory) / (near + far)
+
+
 def _softmax(scores, values):
     return (scores.softmax(-1)[..., None] * values).sum(1)
 
@@ -397,6 +402,7 @@ COMBINES = {
         p["window"][:, None] * _softmax(scores, values) + p["memory"][:, None] * m
     ),
     "gated": lambda scores, values, m, weight, p, window=1.0, memory=0.1: _gated(_softmax(scores, values), m, p),
+    "joint": lambda scores, values, m, weight, p: _joint(scores, values, m, weight),
     "shared_softmax": lambda scores, values, m, weight, p, factor=0.1, memory=None, shift=True: _shared(
         scores, values, m, weight, p, shift
     ),
@@ -405,6 +411,23 @@ COMBINES = {
 
 def _beta(x, p, scale=1.0, bias=0.0, negative=False):
     return (x @ p["weight"].T + p["bias"]).sigmoid() * (2 if negative else 1)
+
+
+def retained(tokens, slots):
+    """Of (score, place) in order of place, those of highest score, the earlier of equal ones first."""
+    return sorted(tokens, key=lambda token: (-token[0], token[1]))[:slots]
+
+
+def read_retained(kept, q, k, v, scaling):
+    """A token's queries [H, D] on what each KV head kept: outputs [H, D] and log-sum-exps [H]."""
+    outputs, sums = torch.zeros_like(q), torch.full((len(q),), -torch.inf).double()
+    for head, query in enumerate(q):
+        group = head * len(kept) // len(q)
+        places = [place for _, place in kept[group]]
+        if places:
+            scores = scaling * k[places, group] @ query
+            outputs[head], sums[head] = scores.softmax(0) @ v[places, group], scores.exp().sum().log()
+    return outputs, sums
 
 
 def scan_inputs(x, p, channels):
@@ -508,6 +531,7 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
         scale = spec["memory"].get("scale", 1.0)
         slots = torch.zeros(groups * repeat, phi_k.shape[-1], v.shape[-1]).double()
         scan = scan_inputs(x, of("memory"), v.shape[-1]) if spec["memory"]["name"] == "scan" else None
+        kept = [[] for _ in range(groups)]
         beta = _beta(x, of("memory"), **options(spec["memory"])) if spec["memory"]["name"] == "delta" else None
     outputs = []
     for t in range(length):
@@ -520,6 +544,12 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
             for s in arriving:
                 if s < 0 or (delay and s < sinks):
                     continue
+                if spec["memory"]["name"] == "retain":
+                    scores = (x[s] @ named["memory.weight"].T + named["memory.bias"]).sigmoid().tolist()
+                    kept = [
+                        retained([*tokens, (score, s)], spec["memory"].get("slots", 128))
+                        for tokens, score in zip(kept, scores, strict=True)
+                    ]
                 old = state
                 state = keep[s][..., None] * state
                 new = values[s]
@@ -537,12 +567,16 @@ def naive(mixer, spec, scaling, x, plain, rotated, v):
             if spec["memory"]["name"] == "slots":
                 read, factor = (scale * torch.einsum("hk,hkm->hm", phi_q[t], slots[owners])).softmax(-1), 1
             memory = factor * torch.einsum("hk,hkv->hv", read, state[owners])
+            if spec["memory"]["name"] == "retain":
+                memory, log_weight = read_retained(kept, phi_q[t], phi_k, values, scaling)
             if "memory.skip.weight" in named:
                 memory = memory + named["memory.skip.weight"] * values[t][owners]
             if spec["output_gate"] == "silu":
                 z = (named["output_gate.weight"] @ x[t]).view_as(memory)
                 memory = memory * z / (1 + (-z).exp())
             weight = scale * (phi_q[t] * norm[owners]).sum(-1)
+            if spec["memory"]["name"] == "retain":
+                weight = log_weight
             if spec["normalize"] and spec["combine"]["name"] != "shared_softmax":
                 memory = memory / weight.clamp(min=1e-6)[:, None]
             if spec["output_norm"] == "group":
@@ -632,13 +666,15 @@ def test_random_mixer_is_its_recurrence(mixer, shape):
             ("feature_map", FEATURES),
             ("gate", GATES),
             ("combine", COMBINES),
-            ("memory", ("additive", "delta", "slots", "scan")),
+            ("memory", ("additive", "delta", "slots", "scan", "retain")),
         )
     ):
         check_naive(mixer, *shape, (9, 37))
 
 
 TERRACE = {"size": 5, "kind": "terrace"}
+RETAIN = {"memory": {"name": "retain", "slots": 6}, "feature_map": "identity", "rotary": True, "overlap": False,
+          "combine": "joint"}  # fmt: skip
 # Combinations that no recipe has and random draws seldom hit.
 VARIANTS = {
     "delta, negative eigenvalues": {"memory": {"name": "delta", "negative": True}, "gate": "fixed"},
@@ -681,6 +717,10 @@ VARIANTS = {
     },
     "gated": {"memory": "delta", "feature_map": {"name": "unit_hedgehog", "dim": 8}, "combine": "gated"},
     "gated, disjoint": {"gate": "scalar", "combine": "gated", "overlap": False},
+    "retain": RETAIN,
+    "retain, one slot": {**RETAIN, "memory": {"name": "retain", "slots": 1}, "window": {"size": 3}},
+    "retain, every token": {**RETAIN, "memory": "retain", "output_gate": True},
+    "retain, gated": {**RETAIN, "output_gate": "silu", "window": {"size": 1, "sinks": 1}},
     "delta, alone": {"memory": "delta", "window": None, "combine": "memory_only", "k_map_heads": "query"},
 }
 
@@ -705,6 +745,13 @@ MXINT8 = {
     "slots": {"memory": "slots", "gate": "key"},
     "terrace": {"gate": "scalar", "window": TERRACE, "output_norm": True},
     "shared": {"feature_map": "hedgehog", "combine": "shared_softmax", "rotary": True},
+    "retain": {
+        "memory": {"name": "retain", "slots": 6},
+        "feature_map": "identity",
+        "rotary": True,
+        "overlap": False,
+        "combine": "joint",
+    },
     "no window": {"window": None, "combine": "memory_only", "gate": "key"},
 }
 

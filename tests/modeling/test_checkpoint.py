@@ -78,6 +78,10 @@ EVERYTHING = {**LIGER, "gate": {"name": "scalar"}, "output_norm": True, "output_
 TERRACE = {**LOLCATS, "window": {"size": 4, "sinks": 0, "kind": "terrace"}}
 MAMBAS = [recipe_mixer(name) for name in ("mamba", "paper/mamba1-llama", "paper/mamba2-llama")]
 MXINT8 = {**recipe_mixer("gdn", window=SHORT), "cache_dtype": "mxint8"}
+RETAIN = recipe_mixer(
+    "liger", memory={"name": "retain", "slots": 5}, combine={"name": "joint"}, feature_map={"name": "identity"},
+    gate={"name": "none"}, rotary=True, overlap=False, normalize=False, output_norm=False, window=SHORT,
+)  # fmt: skip
 EXACT = [(0, 1), (1, 0)]
 
 
@@ -191,6 +195,7 @@ def test_checkpoints_load_where_linearize_is_not_installed(make_student, tmp_pat
         "paper": make_student(PAPER_LOLCATS, "qwen2", tie_word_embeddings=True),
         "everything": make_student(EVERYTHING, "qwen3"),
         "terrace": make_student(TERRACE),
+        "retain": make_student(RETAIN),
         "mxint8": make_student(MXINT8),
         "mamba1": make_student(MAMBAS[1], "qwen2"),
         "mamba2": make_student(MAMBAS[2], "qwen3"),

@@ -28,6 +28,7 @@ from linearize.stages.adapters import add_lora, attention_targets, lora_paramete
 from linearize.stages.base import Run, StageRunner
 from linearize.stages.blocks import BlockInputs, decoder_arguments, only
 from linearize.stages.maps import check_map, map_cross_entropy
+from linearize.stages.retention import retains, retention_loss
 from linearize.stages.speed import FastPass, decoder_states
 
 
@@ -75,6 +76,8 @@ class TransferLayer(nn.Module):
                 loss = loss + self.settings.maps * map_cross_entropy(
                     self.teacher, self.student, hidden_states, positions, self.context
                 )
+            if retains(self.student):
+                loss = loss + retention_loss(self.teacher, self.student, hidden_states, positions, self.context)
             if self.training:
                 (loss * self.share).backward()
         self.loss = loss.detach()
@@ -138,7 +141,7 @@ class TransferRunner(StageRunner):
         """Freeze the model, put the transfer layers in, and return the mixers' parameters (and adapters) by name.
 
         Raises:
-            LinearizeError: `maps` is set and a mixer has no attention map, or blocks meet FSDP2.
+            LinearizeError: `maps` is set and a mixer has no attention map, or blocks meet FSDP2 or `memory: retain`.
         """
         if self.run.processes.sharded and self.settings.block > 1:
             raise LinearizeError(
@@ -151,6 +154,11 @@ class TransferRunner(StageRunner):
             student: Any = self.family.module(self.decoder, index)
             if self.settings.maps and student.mixer is not None:
                 check_map(student.mixer)
+            if self.settings.block > 1 and retains(student):
+                raise LinearizeError(
+                    f"`memory: retain` learns its scores from the teacher's attention on the teacher's own input; a "
+                    f"transfer stage with `block: {self.settings.block}` gives layers the student's. Use `block: 1`."
+                )
             if self.targets:
                 add_lora(student, self.settings.lora, self.targets)
             own = {} if student.mixer is None else dict(student.mixer.named_parameters(prefix="mixer"))

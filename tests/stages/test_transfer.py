@@ -1,10 +1,13 @@
 """Transfer's options: attention maps, early stop, blocks, and one layer after the other."""
 
+import itertools
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 
+from linearize.data import Corpus, PackedRows
 from linearize.errors import LinearizeError
 from linearize.kernels.microscaling import microscaled
 from linearize.mixers.context import sequence_context
@@ -289,3 +292,85 @@ def test_blocks_of_every_family_begin_with_the_teachers_states(make_run, liger, 
         losses.append(seen)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert min(losses[0].values()) > 1e-3
+
+
+RETAIN = {
+    "memory": {"name": "retain", "slots": 8},
+    "window": {"size": 8, "sinks": 2},
+    "combine": "joint",
+    "rotary": True,
+    "overlap": False,
+}
+
+
+@pytest.fixture
+def long_corpus(corpus) -> Corpus:
+    """Four rows of two documents, both longer than what a label needs."""
+    ids = torch.randint(3, 61, (4, 260), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    positions = torch.cat([torch.arange(110), torch.arange(150)]).int().expand(4, -1)
+    rows = PackedRows(ids, positions, torch.where(positions == 0, -100, ids))
+    return Corpus(rows, rows[:2], "", "", {})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_retention_scores_learn_what_the_teacher_attends_to_behind_the_window(make_run, long_corpus, family) -> None:
+    """The loss against labels read off the teacher's eager maps; its gradient reaches the scores alone."""
+    rows, mixer = long_corpus.train[:2], Mixer.model_validate(RETAIN)
+    options = {"family": family, **({"sliding_window": 4096} if family == "gemma2" else {})}
+    runner = TransferRunner(Transfer(), make_run(mixer, **options))
+    trained = runner.prepare()
+    assert {name.split(".", 2)[2] for name in trained} == {"mixer.memory.weight", "mixer.memory.bias"}
+    for parameter in trained.values():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    seen = {}
+    for index, layer in runner.layers.items():
+
+        def keep(module, args, i=index) -> None:
+            seen.setdefault(i, args[0])
+
+        layer.student.mixer.register_forward_pre_hook(keep)
+    losses = runner._pass(rows, training=True)
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in trained.values())
+    assert not [n for n, p in runner.run.model.named_parameters() if p.grad is not None and ".memory." not in n]
+    runner._pass(rows, training=False)
+    attentions = softmax_maps(make_run(mixer, **options), rows)
+    for index, layer in runner.layers.items():
+        memory = layer.student.mixer.memory
+        groups = memory.weight.shape[0]
+        total, wins = [], 0
+        for row, (begin, end) in itertools.product(range(2), ((0, 110), (110, 260))):
+            for j in range(begin + 2, end - 8 - 64 + 1):
+                for group in range(groups):
+                    heads = attentions[index][row].chunk(groups)[group]
+                    wanted = bool((heads[:, j + 8 : end, j] > 0.1).any())
+                    logit = (memory.weight[group] @ seen[index][row, j] + memory.bias[group]).double()
+                    total.append(-(logit if wanted else -logit).sigmoid().log().item())
+                    wins += wanted
+        assert 0 < wins < len(total)
+        entropy = sum(total) / len(total)
+        assert losses[index] > entropy > 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("linearize.stages.transfer.retains", lambda student: False)
+            mean_square = runner._pass(rows, training=False)[index]
+        assert losses[index] - mean_square == pytest.approx(entropy, rel=1e-3)
+
+
+def test_transfer_lowers_the_loss_of_retention_scores(make_run, long_corpus) -> None:
+    run = make_run(Mixer.model_validate(RETAIN))
+    run.corpus = long_corpus
+    settings = Transfer(tokens=260 * 2 * 40, batch=2, scale=1e-6, optimizer=FAST)
+
+    def held_out_loss() -> float:
+        runner = TransferRunner(settings, run)
+        runner.prepare()
+        return runner.held_out_loss(long_corpus.held_out)
+
+    first = held_out_loss()
+    run_stage(settings, run, "transfer")
+    assert first == pytest.approx(math.log(2), rel=1e-3)
+    assert held_out_loss() < first - 0.05
+
+
+def test_retention_scores_have_no_blocks_of_layers(make_run) -> None:
+    with pytest.raises(LinearizeError, match=r"memory: retain.*Use `block: 1`"):
+        TransferRunner(Transfer(block=2), make_run(Mixer.model_validate(RETAIN))).prepare()

@@ -19,6 +19,7 @@ from linearize.data import PackedRows
 from linearize.data.masking import mask_rows
 from linearize.errors import LinearizeError
 from linearize.mixers.attention import LinearizedAttention
+from linearize.mixers.retain import RetainMemory
 from linearize.modeling.classes import family_of
 from linearize.modeling.heads import logits_of
 from linearize.stages.adapters import add_lora, lora_parameters, lora_targets, merge_lora
@@ -67,7 +68,11 @@ class FinetuneRunner(StageRunner):
         self.decoder = FastDecoder(run.model, passes=0)
 
     def prepare(self) -> dict[str, nn.Parameter]:
-        """Choose what trains and return it by name."""
+        """Choose what trains and return it by name.
+
+        Raises:
+            LinearizeError: nothing that trains has a gradient.
+        """
         model = self.run.model
         model.requires_grad_(False)
         model.train()
@@ -84,6 +89,11 @@ class FinetuneRunner(StageRunner):
             trained = {}
         if self.settings.train_mixer:
             trained.update({n: p for n, p in model.named_parameters() if ".mixer." in n})
+        if trained and trained.keys() <= _scores(model):
+            raise LinearizeError(
+                f"A stage with `train: {self.settings.train}` has only the scores of `memory: retain` to train, which "
+                "learn in a transfer stage alone. Use `train: lora`, or drop the stage."
+            )
         for parameter in trained.values():
             parameter.requires_grad_(True)
         if self.settings.gradient_checkpointing:
@@ -211,3 +221,9 @@ class FinetuneRunner(StageRunner):
         targets = self._targets() if self.settings.train == "lora" else []
         adapted = any(f".{target}." in name for target in targets)
         return adapted or (self.settings.train_mixer and ".mixer." in name)
+
+
+def _scores(model: nn.Module) -> set[str]:
+    """The names of parameters that choose what a memory keeps, which no output has a gradient for."""
+    memories = {name: part for name, part in model.named_modules() if isinstance(part, RetainMemory)}
+    return {f"{name}.{own}" for name, part in memories.items() for own, _ in part.named_parameters()}

@@ -13,7 +13,7 @@ from linearize.kernels.microscaling import microscaled
 from linearize.mixers.context import sequence_context
 from linearize.recipe import Recipe
 from linearize.recipe_mixer import Mixer
-from linearize.recipe_stages import Lora, Optimizer, Transfer
+from linearize.recipe_stages import Distill, Lora, Optimizer, Transfer
 from linearize.registry import families
 from linearize.stages import base, run_stage
 from linearize.stages.transfer import TransferRunner
@@ -374,3 +374,15 @@ def test_transfer_lowers_the_loss_of_retention_scores(make_run, long_corpus) -> 
 def test_retention_scores_have_no_blocks_of_layers(make_run) -> None:
     with pytest.raises(LinearizeError, match=r"memory: retain.*Use `block: 1`"):
         TransferRunner(Transfer(block=2), make_run(Mixer.model_validate(RETAIN))).prepare()
+
+
+def test_retention_scores_alone_are_nothing_that_a_later_stage_trains(make_run) -> None:
+    with pytest.raises(LinearizeError, match=r"scores of `memory: retain`.*`train: lora`"):
+        run_stage(Distill(tokens=48 * 2, batch=2, train="mixer"), make_run(Mixer.model_validate(RETAIN)), "distill")
+
+
+def test_a_later_stage_trains_adapters_through_what_is_kept(make_run) -> None:
+    run, records = make_run(Mixer.model_validate(RETAIN)), []
+    run.progress = records.append
+    run_stage(Distill(tokens=48 * 2 * 30, batch=2, train="lora", optimizer=FAST), run, "distill")
+    assert records[-1]["loss"] < records[0]["loss"]

@@ -21,12 +21,17 @@ Sides = tuple[WindowOutput | None, Tensor | None, Tensor | None]
 """What `combine` gets: the window's output, the memory's, and the normalizer of the memory."""
 
 
-def _silence_memory(window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Sides:
+def _silence_memory(
+    combine: Any, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None
+) -> Sides:
     nothing = None if memory is None else torch.zeros_like(memory)
-    return window, nothing, None if normalizer is None else torch.zeros_like(normalizer)
+    no_weight = -torch.inf if getattr(combine, "log_weights", False) else 0.0
+    return window, nothing, None if normalizer is None else torch.full_like(normalizer, no_weight)
 
 
-def _silence_window(window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None) -> Sides:
+def _silence_window(
+    combine: Any, window: WindowOutput | None, memory: Tensor | None, normalizer: Tensor | None
+) -> Sides:
     if window is not None:
         nowhere = torch.full_like(window.lse, -torch.inf)
         window = WindowOutput(torch.zeros_like(window.o), nowhere, nowhere)
@@ -35,7 +40,7 @@ def _silence_window(window: WindowOutput | None, memory: Tensor | None, normaliz
 
 @contextlib.contextmanager
 def memory_silenced(model: nn.Module) -> Iterator[None]:
-    """Make every memory return zeros, with a zero normalizer: the mix of window and memory stays as it was trained."""
+    """Make every memory return zeros, of no weight: the mix of window and memory stays as it was trained."""
     with _changed(model, before=_silence_memory, needs="memory"):
         yield
 
@@ -104,7 +109,7 @@ def _changed(
 
     def enter(module: nn.Module, arguments: Any) -> Any:
         calls["combine"] += 1
-        return None if before is None else before(*arguments)
+        return None if before is None else before(module, *arguments)
 
     def leave(module: nn.Module, arguments: Any, output: Tensor) -> Any:
         return None if after is None else after(arguments, output)

@@ -15,6 +15,7 @@ MIXES = {
     "learned": {"combine": {"name": "learned", "memory": 1.0}, "feature_map": "softmax"},
     "shared": {**SHARED, "overlap": False},
     "delta": {"combine": "average", "feature_map": "l2norm", "memory": "delta", "output_norm": True},
+    "retain": {"combine": "joint", "memory": {"name": "retain", "slots": 9}, "rotary": True, "overlap": False},
 }
 
 
@@ -82,6 +83,12 @@ def test_a_zeroed_memory_leaves_the_trained_mix(random_teacher, make_mixer) -> N
         layer.self_attn.o_proj.weight.data.mul_(0.5)
     with memory_silenced(model):
         torch.testing.assert_close(logits(model), logits(halved), rtol=0, atol=1e-5)
+
+
+def test_a_zeroed_memory_has_no_weight_in_a_joint_softmax(random_teacher, make_mixer) -> None:
+    expected = logits(student(random_teacher, make_mixer, combine="window_only"))
+    with memory_silenced(model := student(random_teacher, make_mixer, **MIXES["retain"])):
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
 
 
 def test_no_mixer_is_no_attention(random_teacher, make_mixer) -> None:

@@ -1,9 +1,11 @@
-"""Naive recurrences in fp64, one token at a time: the ground truth that every other implementation is compared with.
+"""Naive forms in fp64, recurrences one token at a time: the ground truth that all others are compared with.
 
 Legend: B batch, T tokens, H query heads, G KV heads (query head h reads KV head h // (H // G)), K key dim, V value dim.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -254,3 +256,18 @@ def selective_scan_reference(
         state = decay * state + write
         outputs.append((q[:, t][..., entry] * state.repeat_interleave(heads // groups, 1)).sum(-1))
     return torch.stack(outputs, 1), state
+
+
+def mxint8_reference(x: Tensor) -> Tensor:
+    """Each 32 numbers of x [..., D], and what is left, as n / 64 of the power of two of their largest, in fp64.
+
+    Every n from -127 to 127 is tried; of two that are as near, the even one is taken. No power is below 2 ** -120.
+    """
+    levels, blocks = torch.arange(-127, 128).double(), []
+    for block in x.double().split(32, -1):
+        powers = [2.0 ** max(math.frexp(m)[1] - 1, -120) for m in block.abs().amax(-1).flatten().tolist()]
+        step = torch.tensor(powers, dtype=torch.float64).view(*block.shape[:-1], 1) / 64
+        distance = ((block / step)[..., None] - levels).abs()
+        nearest = distance == distance.amin(-1, keepdim=True)
+        blocks.append(levels[torch.where(nearest, levels.abs() % 2, 2).argmin(-1)] * step)
+    return torch.cat(blocks, -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from linearize.kernels.backend import select
 from linearize.kernels.delta import gated_delta_step
 from linearize.kernels.gated_linear import _check_shapes, gated_linear_attention, gated_linear_step, starts_of
-from linearize.kernels.microscaling import to_bytes
+from linearize.kernels.microscaling import as_stored
 from linearize.kernels.window import check_window, window_attention, window_step
 
 
@@ -179,7 +179,7 @@ def hybrid_step(
     stored = k_ring.dtype == torch.uint8
     triton = select("step", q) == "triton" and memory_k.shape[1] == memory_v.shape[1] == k.shape[1]
     if stored or not triton:
-        new_k, new_v = (to_bytes(k), to_bytes(v)) if stored else (k, v)
+        new_k, new_v = as_stored(k, stored), as_stored(v, stored)
         _write(k_ring, new_k, length % k_ring.shape[1])
         _write(v_ring, new_v, length % k_ring.shape[1])
         if sink_k is not None and sink_v is not None:

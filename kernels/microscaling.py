@@ -37,9 +37,8 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
-        wide = t if t.dtype == torch.float64 else t.float()
         step = _steps(_exponents(t), t.shape[-1])
-        return (_levels(wide, step) * step).to(t.dtype)
+        return (_levels(t, step) * step).to(t.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ def microscaled(t: Tensor) -> Tensor:
 def to_bytes(t: Tensor) -> Tensor:
     """Return rounded numbers [..., D] as they are stored: uint8 [..., D + N]."""
     exponents = _exponents(t)
-    levels = _levels(t if t.dtype == torch.float64 else t.float(), _steps(exponents, t.shape[-1]))
+    levels = _levels(t, _steps(exponents, t.shape[-1]))
     return torch.cat([levels.to(torch.int8).view(torch.uint8), exponents.to(torch.uint8)], -1)
 
 
@@ -64,6 +63,16 @@ def from_bytes(stored: Tensor, dtype: torch.dtype) -> Tensor:
     dim = stored_numbers(stored.shape[-1])
     levels = stored[..., :dim].contiguous().view(torch.int8).to(torch.float32)
     return (levels * _steps(stored[..., dim:].to(torch.int32), dim)).to(dtype)
+
+
+def as_stored(t: Tensor, rounded: bool) -> Tensor:
+    """Return what a cache holds of keys or values: the bytes of `rounded` ones, or themselves."""
+    return to_bytes(t) if rounded else t
+
+
+def numbers(held: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the keys or values that a cache holds: in `dtype` where they are bytes, else as they are."""
+    return from_bytes(held, dtype) if held.dtype == torch.uint8 else held
 
 
 def _exponents(t: Tensor) -> Tensor:
@@ -80,4 +89,5 @@ def _steps(exponents: Tensor, dim: int) -> Tensor:
 
 
 def _levels(t: Tensor, step: Tensor) -> Tensor:
+    """Numbers in steps, whole, in fp32 or t's fp64."""
     return (t / step).round().clamp(-MX_LARGEST, MX_LARGEST)

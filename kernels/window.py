@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.kernels.backend import select
 from linearize.kernels.gated_linear import starts_of
-from linearize.kernels.microscaling import from_bytes
+from linearize.kernels.microscaling import numbers
 
 BLOCK = 64
 
@@ -139,21 +139,18 @@ def window_step(
     visible = slot <= length[:, None]
     if reach is not None:
         visible = visible & ((length[:, None] - slot) % window <= reach[:, None])
-    keys, values = _numbers(k_ring), _numbers(v_ring)
+    keys, values = numbers(k_ring, torch.float32), numbers(v_ring, torch.float32)
     if sink_k is not None and sink_v is not None:
         sink = torch.arange(sink_k.shape[1], device=q.device)
         visible = torch.cat([sink <= length[:, None] - window, visible], 1)
-        keys, values = torch.cat([_numbers(sink_k), keys], 1), torch.cat([_numbers(sink_v), values], 1)
+        first_keys, first_values = numbers(sink_k, torch.float32), numbers(sink_v, torch.float32)
+        keys, values = torch.cat([first_keys, keys], 1), torch.cat([first_values, values], 1)
     batch, heads, key_dim = q.shape
     groups = keys.shape[2]
     queries = q.float().view(batch, groups, heads // groups, 1, key_dim) * (key_dim**-0.5 if scale is None else scale)
     columns = keys.float().movedim(2, 1)[:, :, None], values.float().movedim(2, 1)
     o, lse, row_max = masked_softmax(queries, *columns, visible[:, None, None, None], softcap)
     return WindowOutput(o.flatten(1, 3).to(q.dtype), lse.flatten(1), row_max.flatten(1))
-
-
-def _numbers(stored: Tensor) -> Tensor:
-    return from_bytes(stored, torch.float32) if stored.dtype == torch.uint8 else stored
 
 
 def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:

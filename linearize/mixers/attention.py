@@ -108,11 +108,8 @@ class LinearizedAttention(nn.Module):
         layer: Any = None,
     ) -> Tensor:
         """Return the heads' outputs before the output projection, [B, T, H, D]."""
-        q, k, v = self.family.project(self, x, self.head_dim)
-        q_rotated, k_rotated = q, k
-        if self.rotates:
-            rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings)
-            q_rotated, k_rotated = (t.to(v.dtype) for t in rotated)  # under autocast the rotary tables are fp32
+        q, k, q_rotated, k_rotated, v = self.projected(self, x, position_embeddings)
+        q_rotated, k_rotated = q_rotated.to(v.dtype), k_rotated.to(v.dtype)  # under autocast the rotary tables are fp32
         if self.microscaled:
             k_rotated, v = microscaled(k_rotated), microscaled(v)
         cache = None if layer is None else layer.tensors
@@ -136,6 +133,18 @@ class LinearizedAttention(nn.Module):
             lambda queries, keys: self._rotate(queries, keys, position_embeddings, context),
         )
         return mixed if exact is None else torch.cat([exact, mixed], 2)
+
+    def projected(
+        self, attention: nn.Module, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return what an attention, this or its teacher's, makes of its input x [B, T, hidden].
+
+        Returns:
+            Queries [B, T, H, D] and keys [B, T, G, D], the same behind the rotary embedding, and values [B, T, G, D].
+        """
+        q, k, v = self.family.project(attention, x, self.head_dim)
+        rotated = self.family.rotate(self.teacher_class, q, k, position_embeddings) if self.rotates else (q, k)
+        return q, k, *rotated, v
 
     def _rotate(
         self, q: Tensor, k: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, context: SequenceContext

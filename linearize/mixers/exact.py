@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linearize.kernels.microscaling import from_bytes, to_bytes
+from linearize.kernels.microscaling import as_stored, numbers
 from linearize.kernels.window import cap_scores
 from linearize.mixers.context import SequenceContext, visible_mask
 
@@ -77,7 +77,7 @@ class ExactAttention(nn.Module):
         if fresh:
             cache["exact_length"] = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
             for name, t in (("exact_k", k), ("exact_v", v)):
-                cache[name] = self._stored(t.new_zeros(t.shape[0], capacity or 0, *t.shape[2:]))
+                cache[name] = as_stored(t.new_zeros(t.shape[0], capacity or 0, *t.shape[2:]), self.microscaled)
         if q.shape[1] == 1 and context.is_plain and not fresh:
             return self._step(q, k, v, cache, capacity)
         q, k, v = (context.pack(t) for t in (q, k, v))
@@ -85,7 +85,7 @@ class ExactAttention(nn.Module):
         if fresh:
             out = self._attend(q, k, v, mask)
         else:
-            past = self._read(cache, v.dtype)
+            past = [numbers(cache[name], v.dtype) for name in ("exact_k", "exact_v")]
             keys, values = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
             out = self._attend(q, keys, values, self._with_past(mask, q, context, cache))
         self._remember(k, v, context, cache, capacity)
@@ -140,24 +140,16 @@ class ExactAttention(nn.Module):
         length = cache["exact_length"]
         self._grow(cache, 1, capacity)
         rows = torch.arange(length.shape[0], device=q.device)
-        cache["exact_k"].index_put_((rows, length), self._stored(k[:, 0]))
-        cache["exact_v"].index_put_((rows, length), self._stored(v[:, 0]))
+        cache["exact_k"].index_put_((rows, length), as_stored(k[:, 0], self.microscaled))
+        cache["exact_v"].index_put_((rows, length), as_stored(v[:, 0], self.microscaled))
         place = torch.arange(cache["exact_k"].shape[1], device=q.device)
         visible = place <= length[:, None]
         if self.max_window is not None:
             visible &= length[:, None] - place < self.max_window
-        keys, values = self._read(cache, v.dtype)
+        keys, values = (numbers(cache[name], v.dtype) for name in ("exact_k", "exact_v"))
         out = self._attend(q, keys, values, visible[:, None, None])
         length.add_(1)
         return out
-
-    def _stored(self, t: Tensor) -> Tensor:
-        """What the cache holds of keys or values."""
-        return to_bytes(t) if self.microscaled else t
-
-    def _read(self, cache: Tensors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        keys, values = cache["exact_k"], cache["exact_v"]
-        return (from_bytes(keys, dtype), from_bytes(values, dtype)) if self.microscaled else (keys, values)
 
     @staticmethod
     def _grow(cache: Tensors, places: int, capacity: int | None) -> None:
@@ -179,6 +171,6 @@ class ExactAttention(nn.Module):
         fits = ((index >= 0) & (index < lengths[:, None]))[..., None, None]
         rows = torch.arange(batch, device=k.device)[:, None]
         for name, tensor in (("exact_k", k), ("exact_v", v)):
-            moved = self._stored(tensor)[rows, index.clamp(0, length - 1)]
+            moved = as_stored(tensor, self.microscaled)[rows, index.clamp(0, length - 1)]
             cache[name].copy_(torch.where(fits, moved, cache[name]))
         cache["exact_length"].copy_(before + lengths)

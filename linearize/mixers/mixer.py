@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from linearize.errors import LinearizeError
 from linearize.kernels.hybrid import HybridOutput, hybrid_attention, hybrid_step
-from linearize.kernels.microscaling import from_bytes, to_bytes
+from linearize.kernels.microscaling import as_stored, numbers
 from linearize.kernels.window import WindowOutput, window_attention, window_step
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.convolution import ShortConvolution
@@ -363,7 +363,7 @@ class TokenMixer(nn.Module):
         if self.sinks:
             early = cache[sink][rows, token[:, : self.sinks].clamp(min=0)]
             past = torch.cat([early, past], 1)
-        return from_bytes(past, dtype) if self.microscaled else past
+        return numbers(past, dtype)
 
     def _delayed(
         self, stream: Tensors, context: SequenceContext, cache: Tensors | None
@@ -410,7 +410,7 @@ class TokenMixer(nn.Module):
             last = context.starts.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
             before = torch.where((last < 0) | (lengths == 0), before, -last)
         total = before + lengths
-        k, v = self._stored(k), self._stored(v)
+        k, v = as_stored(k, self.microscaled), as_stored(v, self.microscaled)
         if self.window:
             self._write_ring(cache, {"window_k": k, "window_v": v}, self.window, before, total, length)
         if self.delay:
@@ -448,17 +448,13 @@ class TokenMixer(nn.Module):
             chosen = fits.view(*fits.shape, *(1,) * (tensor.dim() - 2))
             cache[name].copy_(torch.where(chosen, tensor[rows, index].to(cache[name].dtype), cache[name]))
 
-    def _stored(self, t: Tensor) -> Tensor:
-        """What the cache holds of keys or values."""
-        return to_bytes(t) if self.microscaled else t
-
     def _empty_cache(self, k: Tensor, v: Tensor, stream: Tensors) -> Tensors:
         batch = k.shape[0]
         cache = {"length": torch.zeros(batch, dtype=torch.long, device=k.device)}
         for kind, size in (("window", self.window), ("sink", self.sinks)):
             if size:
-                cache[f"{kind}_k"] = self._stored(k.new_zeros(batch, size, *k.shape[2:]))
-                cache[f"{kind}_v"] = self._stored(v.new_zeros(batch, size, *v.shape[2:]))
+                for side, t in (("k", k), ("v", v)):
+                    cache[f"{kind}_{side}"] = as_stored(t.new_zeros(batch, size, *t.shape[2:]), self.microscaled)
         if self.delay:
             for name, t in stream.items():
                 cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
@@ -513,7 +509,7 @@ class TokenMixer(nn.Module):
         if self.window and window is None:
             slot = (rows, length % self.window)
             early = (torch.arange(self.sinks, device=k.device) == length[:, None])[..., None, None]
-            for side, new in (("k", self._stored(k)), ("v", self._stored(v))):
+            for side, new in (("k", as_stored(k, self.microscaled)), ("v", as_stored(v, self.microscaled))):
                 cache[f"window_{side}"].index_put_(slot, new)
                 if self.sinks:
                     sink = cache[f"sink_{side}"]

@@ -27,8 +27,8 @@ from linearize.recipe_stages import Stage
 from linearize.report.metrics import MetricsWriter
 from linearize.sharding import spread, training
 from linearize.stages.gradients import alike, clip, layer_norms
+from linearize.stages.meanwhile import shortened
 from linearize.stages.spikes import Spikes, diagnose
-from linearize.stages.windows import shortened
 from linearize.surgery import Surgery
 
 SAVE_SECONDS = 30.0

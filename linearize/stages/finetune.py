@@ -7,7 +7,6 @@ Legend: B rows, T tokens a row, N labelled tokens.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from linearize.data import PackedRows
 from linearize.data.masking import mask_rows
 from linearize.errors import LinearizeError
-from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.retain import RetainMemory
 from linearize.modeling.classes import family_of
 from linearize.modeling.heads import logits_of
 from linearize.stages.adapters import add_lora, lora_parameters, lora_targets, merge_lora
 from linearize.stages.base import Run, StageRunner
+from linearize.stages.meanwhile import unrounded
 from linearize.stages.speed import FastDecoder, decoder_states
 
 TOKENS_PER_CHUNK = 1024
@@ -45,19 +44,6 @@ def predictions(rows: PackedRows, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     asked = rows.predicted().to(labels.device)
     return asked if rows.masked else asked.roll(-1, 1), labels[asked]
-
-
-@contextlib.contextmanager
-def _unrounded(model: nn.Module) -> Iterator[None]:
-    """Read keys and values as they are where the mixer rounds them, since a last bit can move a rounding by a level."""
-    rounding = [part for part in model.modules() if isinstance(part, LinearizedAttention) and part.microscaled]
-    for part in rounding:
-        part.microscaled = False
-    try:
-        yield
-    finally:
-        for part in rounding:
-            part.microscaled = True
 
 
 class FinetuneRunner(StageRunner):
@@ -201,7 +187,7 @@ class FinetuneRunner(StageRunner):
             model.gradient_checkpointing_disable()
         if self.settings.train == "lora":
             ids = self.run.corpus.held_out.input_ids[:1, :64].to(self.run.device, torch.long)
-            with _unrounded(model):
+            with unrounded(model):
                 before = model(input_ids=ids, use_cache=False).logits.float()
                 merge_lora(model)
                 after = model(input_ids=ids, use_cache=False).logits.float()

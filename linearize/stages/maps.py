@@ -78,10 +78,7 @@ def map_cross_entropy(
     sides: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for module, learns in ((teacher, False), (student, torch.is_grad_enabled())):
         with torch.set_grad_enabled(learns):
-            q, k, _ = family.project(module, x, student.head_dim)
-            q_rotated, k_rotated = q, k
-            if student.rotates:
-                q_rotated, k_rotated = family.rotate(student.teacher_class, q, k, position_embeddings)
+            q, k, q_rotated, k_rotated, _ = student.projected(module, x, position_embeddings)
             if module is student and student.microscaled:
                 k_rotated = microscaled(k_rotated)
             queries = slice(exact * student.repeat, None)

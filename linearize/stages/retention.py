@@ -78,11 +78,9 @@ def late_attention(
     Arguments are those of `retention_loss`.
     """
     mixer: Any = student.mixer
-    family, exact, length = student.family, student.exact_groups, x.shape[1]
-    q, k, _ = family.project(teacher, x, student.head_dim)
-    if student.rotates:
-        q, k = family.rotate(student.teacher_class, q, k, position_embeddings)
-    reach = family.max_window(teacher, teacher.config) or length
+    exact, length = student.exact_groups, x.shape[1]
+    _, _, q, k, _ = student.projected(teacher, x, position_embeddings)
+    reach = student.family.max_window(teacher, teacher.config) or length
     place = torch.arange(length, device=x.device)
     starts = torch.zeros_like(place)[None] if context.starts is None else context.starts.clamp(min=0)
     keys = k[:, :, exact:].float().permute(0, 2, 3, 1)[:, :, None]  # [B, G, 1, D, T]

@@ -16,9 +16,9 @@ from linearize.stages import finetune, run_stage
 from linearize.stages.base import Progress, learning_rate, train
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
+from linearize.stages.meanwhile import shortened
 from linearize.stages.teachers import Teacher
 from linearize.stages.transfer import TransferRunner
-from linearize.stages.windows import shortened
 from linearize.surgery import convert
 
 LIGER = Mixer(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -153,6 +156,19 @@ def describe(
     )
 
 
+def encoded_ahead(documents: Iterator[Document], encoded: Callable[[Document], Encoded]) -> Iterator[Encoded]:
+    """Yield documents as tokens, in order, while threads tokenize those to come: tokenizers run outside of the GIL."""
+    threads = os.cpu_count() or 1
+    pool = ThreadPoolExecutor(threads)
+    try:
+        ahead = deque(pool.submit(encoded, document) for document in islice(documents, 2 * threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(encoded, document) for document in islice(documents, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def encoded_together(
     documents: Iterator[Document], encoded: Callable[[Document], Encoded], processes: Processes
 ) -> Iterator[Encoded]:
@@ -164,7 +180,7 @@ def encoded_together(
         processes: all of which ask for the same number of documents.
     """
     if processes.count == 1:
-        yield from map(encoded, documents)
+        yield from encoded_ahead(documents, encoded)
         return
     while group := processes.once(lambda: list(islice(documents, processes.count * DOCUMENTS))):
         yield from processes.shared(group, encoded)
@@ -198,15 +214,18 @@ def build_corpus(
     """
     stream = load_documents(data)
     rows = -(-train_tokens // data.length)
+
+    def tokens(document: Document) -> Encoded:
+        return encode(document, tokenizer, data.loss)
+
     if is_lazy(data):
-        encoded = encoded_together(stream, lambda document: encode(document, tokenizer, data.loss), processes)
+        encoded = encoded_together(stream, tokens, processes)
         held_out, held_documents = take_shared(encoded, data, most=None)
     else:
         known = list(shuffled(list(stream), seed=0))
-        first = (encode(document, tokenizer, data.loss) for document in known)
+        first = encoded_ahead(iter(known), tokens)
         held_out, held_documents = take_shared(first, data, most=len(known) // 2)
-        rest = shuffled(known[held_documents:], seed)
-        encoded = (encode(document, tokenizer, data.loss) for document in rest)
+        encoded = encoded_ahead(shuffled(known[held_documents:], seed), tokens)
     if len(held_out) < data.held_out:
         raise LinearizeError(
             f"Not enough text for {data.held_out} held-out rows of {data.length} tokens (`data.held_out`, "

@@ -368,14 +368,16 @@ def _check_length(recipe: Recipe, config: PretrainedConfig) -> None:
         )
 
 
-def _check_stage_windows(recipe: Recipe, mixers: dict[int, nn.Module]) -> None:
-    """Raise where the windows that a stage shortens are no longer than that, as where the teacher's own is short."""
-    longest = max(map(_window_of, mixers.values()), default=0)
+def _check_stage_windows(recipe: Recipe, mixers: dict[int, Any]) -> None:
+    """Raise where a stage's windows are those that all layers have anyway, as where the teacher's own is short."""
     for index, stage in enumerate(recipe.stages):
-        if stage.window is not None and stage.window >= longest:
+        size = stage.window
+        if size is None:
+            continue
+        if all(_window_of(mixer) == min(size, mixer.max_window or size) for mixer in mixers.values()):
             raise LinearizeError(
-                f"`stages.{index}.window` is {stage.window}, and no layer of this model has a longer window (the "
-                f"longest: {longest}), so that it has no effect. Take less, or drop it."
+                f"`stages.{index}.window` is {size}, and all windows of this model are as long without it (the "
+                "teacher's own may be short), so that it has no effect. Take another size, or drop it."
             )
 
 

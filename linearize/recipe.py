@@ -209,14 +209,11 @@ class Recipe(Strict):
         given = f"`window: {stage.window}` of stage `{stage.stage}`"
         window = None if self.mixer is None else self.mixer.window
         if window is None:
-            raise ValueError(f"{given} has no effect: there is no `mixer.window` to shorten; drop it")
+            raise ValueError(f"{given} has no effect: there is no `mixer.window`; drop it")
         if window.kind == "terrace":
-            raise ValueError(f"{given} shortens sliding windows, and `mixer.window.kind` is terrace; drop it")
-        if stage.window >= window.sizes[-1]:
-            raise ValueError(
-                f"{given} has no effect: no `mixer.window.size` is above it (largest: {window.sizes[-1]}); take less, "
-                "or drop it"
-            )
+            raise ValueError(f"{given} is of sliding windows, and `mixer.window.kind` is terrace; drop it")
+        if window.sizes == [stage.window]:
+            raise ValueError(f"{given} has no effect: `mixer.window.size` is the same; take another, or drop it")
 
     def _check_progressive(self) -> None:
         kinds = [stage.stage for stage in self.stages]

@@ -53,9 +53,9 @@ class Stage(Strict):
     Args:
         length: tokens a row where that is less than `data.length`, which it divides: the rows are cut. So a recipe can
             spend its last tokens on longer rows than its first.
-        window: no window is longer than so many tokens while the stage trains and measures its own held-out loss;
-            behind it they are as the mixer says. What lies farther back has to go through exact heads or the memory
-            meanwhile, so that they learn to carry it.
+        window: every sliding window is so many tokens long while the stage trains and measures its own held-out loss;
+            behind it they are as the mixer says. With less, what lies farther back has to go through exact heads or
+            the memory, so that they learn to carry it; with as much as a row, heads are softmax over all of it.
     """
 
     tokens: int = Field(1_000_000, ge=1)

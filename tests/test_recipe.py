@@ -355,19 +355,19 @@ def test_a_cache_dtype_without_a_window_or_exact_heads_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("mixer", "words"),
     [
-        (None, "no `mixer.window` to shorten"),
-        ({"combine": "memory_only", "window": None}, "no `mixer.window` to shorten"),
+        (None, "there is no `mixer.window`"),
+        ({"combine": "memory_only", "window": None}, "there is no `mixer.window`"),
         ({"window": {"size": 16, "kind": "terrace"}}, "`mixer.window.kind` is terrace"),
-        ({"window": {"size": 8}}, "(largest: 8)"),
-        ({"window": {"size": [4, 8]}}, "(largest: 8)"),
-        ({"window": {"size": {"cache": "5%", "among": [4, 8]}}}, "(largest: 8)"),
+        ({"window": {"size": 8}}, "`mixer.window.size` is the same"),
+        ({"window": {"size": [8, 8]}}, "`mixer.window.size` is the same"),
     ],
 )
 def test_a_stage_window_without_an_effect_is_an_error(mixer, words: str) -> None:
     recipe = {"name": "r", "mixer": mixer, "stages": [{"stage": "finetune", "window": 8}]}
     with pytest.raises(LinearizeError, match=re.escape(words)):
         Recipe.parse(recipe, "r")
-    assert Recipe.parse({**recipe, "mixer": {"window": {"size": [4, 9]}}}, "r").stages[0].window == 8
+    for sizes in (4, 9, [4, 8], {"cache": "5%", "among": [4, 8]}):
+        assert Recipe.parse({**recipe, "mixer": {"window": {"size": sizes}}}, "r").stages[0].window == 8
 
 
 def test_rounds_replace_layers_that_are_spread_over_the_model() -> None:

@@ -86,6 +86,7 @@ class TokenMixer(nn.Module):
         self.combine: Any = _build(combines, spec["combine"] if remembers else {"name": "window_only"}, shape)
         window = spec["window"] if self.combine.uses_window else None
         size = 0 if window is None else _own_size(window["size"], shape.layer)
+        self.max_window = max_window
         self.window = min(size, max_window or size)
         self.terrace = 0  # tokens of a block
         if window is not None and window.get("kind", "sliding") == "terrace":

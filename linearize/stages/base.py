@@ -27,7 +27,7 @@ from linearize.recipe_stages import Stage
 from linearize.report.metrics import MetricsWriter
 from linearize.sharding import spread, training
 from linearize.stages.gradients import alike, clip, layer_norms
-from linearize.stages.meanwhile import shortened
+from linearize.stages.meanwhile import windows_of
 from linearize.stages.spikes import Spikes, diagnose
 from linearize.surgery import Surgery
 
@@ -232,7 +232,7 @@ def train(
         parameter.data = parameter.data.float()
     # Several processes stop together, behind the same step.
     together = run.signals.later() if run.processes.count > 1 else contextlib.nullcontext()
-    with shortened(run.model, runner.settings.window), together:  # graphs captured meanwhile go in `finish`
+    with windows_of(run.model, runner.settings.window), together:  # graphs captured meanwhile go in `finish`
         with training(runner, trained) as (worker, working):
             steps = Steps(worker, working, name)
             steps.run()

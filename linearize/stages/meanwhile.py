@@ -1,4 +1,4 @@
-"""What mixers do otherwise for a while: shorter windows as a stage trains, no rounding as adapters merge."""
+"""What mixers do otherwise for a while: other windows as a stage trains, no rounding as adapters merge."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from linearize.mixers.attention import LinearizedAttention
 from linearize.mixers.mixer import TokenMixer
 
 
-def shortened(model: nn.Module, limit: int | None) -> contextlib.AbstractContextManager[None]:
-    """Let no sliding window of a model be longer than so many tokens, so that others learn to carry what lies farther.
+def windows_of(model: nn.Module, size: int | None) -> contextlib.AbstractContextManager[None]:
+    """Let every sliding window of a model be so many tokens long, or as long as the teacher's own where that is less.
 
-    Where window and memory are disjoint, tokens then enter the memory as soon as they leave the shorter window.
-    Compiled layers notice; a CUDA graph that was captured meanwhile has the shorter windows for good.
+    Where window and memory are disjoint, tokens then enter the memory as soon as they leave that window. Compiled
+    layers notice; a CUDA graph that was captured meanwhile has these windows for good.
 
     Args:
         model: the student.
-        limit: tokens; None leaves the windows as they are.
+        size: tokens; None leaves the windows as they are.
     """
-    if limit is None:
+    if size is None:
         return contextlib.nullcontext()
-    mixers = [part for part in model.modules() if isinstance(part, TokenMixer)]
-    return _having(mixers, "window", [min(mixer.window, limit) for mixer in mixers])
+    mixers = [part for part in model.modules() if isinstance(part, TokenMixer) and part.window]
+    return _having(mixers, "window", [min(size, mixer.max_window or size) for mixer in mixers])
 
 
 def unrounded(model: nn.Module) -> contextlib.AbstractContextManager[None]:

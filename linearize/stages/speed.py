@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from linearize.modeling.classes import layers_of, packed_inputs
 
 PASSES = 300  # of a stage, from which on making them pays
+VARIANTS = 4  # graphs of a layer: of each stage's rows, with and without gradients
 GRAPHED = 2_000_000_000  # parameters up to which the host is the slower side
 
 
@@ -61,11 +62,14 @@ class FastDecoder:
         self.trained: list[nn.Parameter] = []
         self.graphed: Any = None
         self.shape: torch.Size | None = None
+        self.limits = contextlib.ExitStack()
         if next(model.parameters()).device.type != "cuda" or passes < PASSES:
             self.captures = False
             return
         self.layers = list(layers_of(model))
         self.captures = graph and sum(p.numel() for p in self.decoder.parameters()) <= GRAPHED
+        # Layers share one `forward`, whose graphs are counted together: windows, exact heads and rows differ.
+        self.limits.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS * len(self.layers)))
         for layer in self.layers:
             layer.compile(dynamic=False)
 
@@ -104,6 +108,7 @@ class FastDecoder:
     def close(self) -> None:
         """Leave the layers as they were, and let the graph's memory go."""
         self.graphed = None
+        self.limits.close()
         while self.layers:
             self.layers.pop()._compiled_call_impl = None
 

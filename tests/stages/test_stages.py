@@ -16,7 +16,7 @@ from linearize.stages import finetune, run_stage
 from linearize.stages.base import Progress, learning_rate, train
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
-from linearize.stages.meanwhile import shortened
+from linearize.stages.meanwhile import windows_of
 from linearize.stages.teachers import Teacher
 from linearize.stages.transfer import TransferRunner
 from linearize.surgery import convert
@@ -272,15 +272,13 @@ def test_attention_alone_trains_in_the_layers_that_are_converted_by_then(make_ru
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize(
-    "stage",
-    [
-        Transfer(tokens=48 * 2 * 3, batch=2, window=3, optimizer=FAST),
-        Distill(tokens=48 * 2 * 3, batch=2, window=3, optimizer=FAST),
-    ],
-    ids=["transfer", "distill"],
-)
-def test_a_stage_window_trains_as_a_recipe_of_that_window_and_goes_with_the_stage(make_run, stage, overlap) -> None:
+@pytest.mark.parametrize(("own", "size"), [(8, 3), (3, 8), (3, 48)])
+@pytest.mark.parametrize("kind", [Transfer, Distill])
+def test_a_stage_window_trains_as_a_recipe_of_that_window_and_goes_with_the_stage(
+    make_run, kind, own, size, overlap
+) -> None:
+    stage = kind(tokens=48 * 2 * 3, batch=2, window=size, optimizer=FAST)
+
     def mixer(size: int) -> Mixer:
         return LIGER.model_copy(update={"window": Window(size=size, sinks=2), "overlap": overlap})
 
@@ -288,27 +286,27 @@ def test_a_stage_window_trains_as_a_recipe_of_that_window_and_goes_with_the_stag
         return [layer.self_attn.mixer.window for layer in run.model.model.layers]
 
     trained, losses = [], []
-    for size, settings in ((8, stage), (3, stage.model_copy(update={"window": None}))):
+    for window, settings in ((own, stage), (size, stage.model_copy(update={"window": None}))):
         torch.manual_seed(0)
-        run = make_run(mixer(size), folder=f"window-{size}")
+        run = make_run(mixer(window), folder=f"window-{window}")
         records = []
         run.progress = records.append
         run_stage(settings, run, "stage")
-        assert windows(run) == [size] * 2
+        assert windows(run) == [window] * 2
         trained.append(run.model.state_dict())
         losses.append([record["loss"] for record in records])
     assert losses[0] == losses[1] and trained[0].keys() == trained[1].keys()
     assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
     torch.manual_seed(0)
-    long = make_run(mixer(8), folder="long")
+    without = make_run(mixer(own), folder="without")
 
     def stop(record) -> None:
-        assert record["loss"] != losses[0][0] and windows(long) == [8] * 2
+        assert record["loss"] != losses[0][0] and windows(without) == [own] * 2
         raise KeyboardInterrupt
 
-    long.progress = stop
+    without.progress = stop
     with pytest.raises(KeyboardInterrupt):
-        run_stage(stage.model_copy(update={"window": None}), long, "stage")
+        run_stage(stage.model_copy(update={"window": None}), without, "stage")
 
 
 def test_a_stopped_stage_leaves_windows_as_they_were(make_run) -> None:
@@ -326,7 +324,7 @@ def test_a_stopped_stage_leaves_windows_as_they_were(make_run) -> None:
     assert [layer.self_attn.mixer.window for layer in run.model.model.layers] == [8, 8]
 
 
-def test_compiled_layers_notice_shorter_windows(make_run) -> None:
+def test_compiled_layers_notice_other_windows(make_run) -> None:
     model, ids = make_run(LIGER).model, torch.arange(3, 43)[None]
     outputs = []
     with torch.no_grad():
@@ -334,7 +332,7 @@ def test_compiled_layers_notice_shorter_windows(make_run) -> None:
             for layer in model.model.layers if compiled else ():
                 layer.compile(dynamic=False, backend="eager")
             for limit in (None, 3, None):
-                with shortened(model, limit):
+                with windows_of(model, limit):
                     outputs.append(model(ids, use_cache=False).logits)
     for eager, traced in zip(outputs[:3], outputs[3:], strict=True):
         torch.testing.assert_close(traced, eager, rtol=0, atol=1e-5)

@@ -112,6 +112,7 @@ class TokenMixer(nn.Module):
             self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
             if getattr(self.memory, "log_weights", False):
                 self.memory.scale, self.memory.softcap = scaling, softcap
+                self.memory.microscaled = self.microscaled
             if spec["output_norm"] is True:
                 self.norm = HeadNorm(shape.head_dim, eps=1e-6)
             elif spec["output_norm"] == "per_head":
@@ -461,9 +462,9 @@ class TokenMixer(nn.Module):
         if self.conv is not None:
             cache["conv"] = self.conv.empty(batch, k)
         if self.memory is not None:
-            cache.update(self.memory.initial_state(batch, k.device))
+            cache.update(self.memory.initial_state(batch, k))
             if self.terrace and self.delay:
-                cache.update({READ + name: t for name, t in self.memory.initial_state(batch, k.device).items()})
+                cache.update({READ + name: t for name, t in self.memory.initial_state(batch, k).items()})
         return cache
 
     def _step(

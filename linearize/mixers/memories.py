@@ -10,7 +10,8 @@ says `needs_unit`; one that needs a gate per channel says `needs_channels`; one 
 A memory may have a `skip`, a module that adds to its outputs what the token itself holds. `joins_window` says whether
 `hybrid_step` (`step`) or `hybrid_attention` too (`all`) runs its update rule together with the window. One that is a
 softmax over tokens says `log_weights`: it returns normalized outputs and, in the place of sums of weights, their
-logarithms; the mixer sets its `scale` and `softcap` to the teacher's, and `microscaled` where tokens come rounded.
+logarithms; the mixer sets its `scale` and `softcap` to the teacher's, and `microscaled` where tokens come rounded. Its
+`k` and `v` are the window's own, which the cache holds once, so its stream must say otherwise what is no token.
 One that serves encoders, whose tokens see later ones as well, says `bidirectional` and has
 `both_ways(q, stream, starts) -> (outputs, sums of weights or None)`.
 """

@@ -158,7 +158,7 @@ def test_the_cache_has_one_size_however_many_tokens_it_saw(random_teacher, make_
     ],
 )
 def test_kept_tokens_cost_what_those_of_the_window_do(random_teacher, make_mixer, cache_dtype, dtype, token, exact):
-    """A slot has its score and order besides."""
+    """A slot has its score and order besides; a token that waits in the window has its score."""
     model = random_teacher("llama", (4, 2), 64, num_hidden_layers=1).to(dtype)
     convert(model, make_mixer(**FIELDS, cache_dtype=cache_dtype), exact_heads=[(0, head) for head in range(exact)])
     with torch.no_grad():
@@ -170,6 +170,7 @@ def test_kept_tokens_cost_what_those_of_the_window_do(random_teacher, make_mixer
     assert sum(sizes.pop(f"window_{side}") + sizes.pop(f"sink_{side}") for side in "kv") == groups * (5 + 2) * token
     assert sizes.pop("state_keys") + sizes.pop("state_values") == groups * 6 * token
     assert sizes.pop("state_scores") + sizes.pop("state_order") == groups * 6 * 8
+    assert sizes == {"pending_score": groups * 5 * 4}
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "mxint8"])

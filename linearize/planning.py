@@ -633,7 +633,7 @@ def _mixer_cache_bytes(mixer: nn.Module, config: Any, groups: int, head_dim: int
     from linearize.mixers.context import SequenceContext
 
     memory: Any = mixer.memory
-    state = {} if memory is None else memory.initial_state(1, torch.device("meta"))
+    state = {} if memory is None else memory.initial_state(1, torch.empty(0, dtype=dtype, device="meta"))
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     if size > STATE_LIMIT:
         raise LinearizeError(

@@ -160,9 +160,9 @@ class Mixer(Strict):
         memory_layers: which of the converted layers have a memory: all, a list, or as many as a probe chooses,
             `{keep: 0.2, by: recall}`. The others have the window alone.
         cache_dtype: `mxint8` rounds the keys (behind the rotary embedding) and values of converted layers, of the
-            window, its sinks and exact heads, to eight bits with a power of two for each block of 32 (Microscaling Data
-            Formats, arXiv:2310.10537), in training, evaluation and decoding alike, the gradient straight through, so
-            that the cache holds 33 bytes of 32 numbers. States stay in fp32.
+            window, its sinks, `memory: retain` and exact heads, to eight bits with a power of two for each block of 32
+            (Microscaling Data Formats, arXiv:2310.10537), in training, evaluation and decoding alike, the gradient
+            straight through, so that the cache holds 33 bytes of 32 numbers. States stay in fp32.
     """
 
     feature_map: Part = Part(name="identity")

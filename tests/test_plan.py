@@ -121,6 +121,25 @@ def test_a_plan_counts_the_bytes_of_mxint8(exact: list[list[int]], dtype: torch.
     assert share - plan.cache_share == pytest.approx(saved * dtype.itemsize / (plan.cache[8192][0] * 2))
 
 
+@pytest.mark.parametrize("cache_dtype", ["model", "mxint8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [[], [[0, 1], [1, 0], [1, 1]]])
+def test_a_plan_counts_the_bytes_of_kept_tokens(exact, dtype: torch.dtype, cache_dtype: str, tiny_config) -> None:
+    parts = ["combine=joint", "memory={name: retain, slots: 9}", "feature_map=identity", "gate=none", "rotary=true"]
+    parts += ["overlap=false", "output_norm=false", "window={size: 7, sinks: 2}", f"cache_dtype={cache_dtype}"]
+    recipe = short("gdn", *(f"mixer.{part}" for part in parts), "mixer.conv=null", f"exact_heads={exact}")
+    config = tiny_config()
+    plan = make_plan(recipe, config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    convert(model, recipe.mixer.model_dump(), exact_heads=recipe.exact_heads)
+    cache = model(torch.ones(1, 1024, dtype=torch.long)).past_key_values
+    assert plan.cache[1024][1] == cache.nbytes()
+    one = 2 * 17 if cache_dtype == "mxint8" else 2 * 16 * dtype.itemsize  # bytes of a key and a value
+    heads = 4 - len(exact)
+    mixed = heads * ((7 + 2 + 9) * one + 9 * 8 + 7 * 4) + 8 * (1 if exact else 2)
+    assert cache.nbytes() == mixed + len(exact) * 1024 * one + (8 * 2 if exact else 0)
+
+
 def test_a_stage_window_that_the_teachers_own_makes_idle_is_an_error(tiny_config) -> None:
     recipe = short("control/window-only", "mixer.window.size=32", "stages.0.window=16")
     assert make_plan(recipe, tiny_config("mistral", sliding_window=17)).stages

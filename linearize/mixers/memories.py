@@ -10,7 +10,8 @@ says `needs_unit`; one that needs a gate per channel says `needs_channels`; one 
 A memory may have a `skip`, a module that adds to its outputs what the token itself holds. `joins_window` says whether
 `hybrid_step` (`step`) or `hybrid_attention` too (`all`) runs its update rule together with the window. One that is a
 softmax over tokens says `log_weights`: it returns normalized outputs and, in the place of sums of weights, their
-logarithms; the mixer sets its `scale` and `softcap` to the teacher's.
+logarithms; the mixer sets its `scale` and `softcap` to the teacher's, and `microscaled` where tokens come rounded. Its
+`k` and `v` are the window's own, which the cache holds once, so its stream must say otherwise what is no token.
 One that serves encoders, whose tokens see later ones as well, says `bidirectional` and has
 `both_ways(q, stream, starts) -> (outputs, sums of weights or None)`.
 """
@@ -83,11 +84,11 @@ class AdditiveMemory(Fp32Part):
         """Return further entries of the stream, computed from the layer's input [..., hidden]."""
         return {}
 
-    def initial_state(self, batch: int, device: torch.device) -> State:
-        """Return an empty state in fp32."""
-        state = {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=device)}
+    def initial_state(self, batch: int, like: Tensor) -> State:
+        """Return an empty state in fp32, where the keys `like` are."""
+        state = {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=like.device)}
         if self.normalize:
-            state["norm"] = torch.zeros(batch, *self.state_shape[:2], dtype=torch.float32, device=device)
+            state["norm"] = torch.zeros(batch, *self.state_shape[:2], dtype=torch.float32, device=like.device)
         return state
 
     def forward(
@@ -180,9 +181,9 @@ class DeltaMemory(Fp32Part):
         """Return the write strengths, `beta` [..., G] in fp32, of the layer's input [..., hidden]."""
         return {"beta": self.strength * F.linear(x.float(), self.weight, self.bias).sigmoid()}
 
-    def initial_state(self, batch: int, device: torch.device) -> State:
+    def initial_state(self, batch: int, like: Tensor) -> State:
         """Return an empty state in fp32."""
-        return {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=device)}
+        return {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=like.device)}
 
     def forward(
         self, q: Tensor, stream: Stream, starts: Tensor | None, state: State | None
@@ -234,11 +235,11 @@ class SlotMemory(Fp32Part):
         """Return further entries of the stream: none."""
         return {}
 
-    def initial_state(self, batch: int, device: torch.device) -> State:
+    def initial_state(self, batch: int, like: Tensor) -> State:
         """Return empty slots in fp32."""
         return {
-            "state_keys": torch.zeros(batch, *self.key_shape, dtype=torch.float32, device=device),
-            "state_values": torch.zeros(batch, *self.value_shape, dtype=torch.float32, device=device),
+            "state_keys": torch.zeros(batch, *self.key_shape, dtype=torch.float32, device=like.device),
+            "state_values": torch.zeros(batch, *self.value_shape, dtype=torch.float32, device=like.device),
         }
 
     def forward(
@@ -309,9 +310,9 @@ class ScanMemory(Fp32Part):
         logits = F.linear(F.linear(x.float(), self.down), self.up, self.bias)
         return {"dt": F.softplus(logits).unflatten(-1, self.state_shape[:2])}
 
-    def initial_state(self, batch: int, device: torch.device) -> State:
+    def initial_state(self, batch: int, like: Tensor) -> State:
         """Return an empty state in fp32."""
-        return {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=device)}
+        return {"state": torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=like.device)}
 
     def forward(
         self, q: Tensor, stream: Stream, starts: Tensor | None, state: State | None

@@ -4,7 +4,7 @@ Legend: B batch, T tokens, H query heads, G KV heads, D head dim, W window (of a
 
 The layer's cache holds, per row, the tokens of the current document only: a ring of the last W keys and values (token t
 in slot t % W), the first S of them, the memory's state, what the short convolution still reads and, where window and
-memory are disjoint, the ring of streams that have not entered the memory yet.
+memory are disjoint, the ring of streams that have not entered the memory yet, but for what the window's ring holds.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class TokenMixer(nn.Module):
         self.k_map: Any = None
         self.gate: Any = None
         self.memory: Any = None
+        self.shared: tuple[str, ...] = ()  # of the memory's stream, what the window's rings hold too
         self.norm: HeadNorm | None = None
         self.conv: ShortConvolution | None = None
         self.group_norm = spec["output_norm"] == "group"
@@ -113,6 +114,8 @@ class TokenMixer(nn.Module):
             self.memory = _build(memories, spec["memory"], inner, self.k_map.feature_dim, normalize)
             if getattr(self.memory, "log_weights", False):
                 self.memory.scale, self.memory.softcap = scaling, softcap
+                self.memory.microscaled = self.microscaled
+                self.shared = ("k", "v")
             if spec["output_norm"] is True:
                 self.norm = HeadNorm(shape.head_dim, eps=1e-6)
             elif spec["output_norm"] == "per_head":
@@ -376,17 +379,31 @@ class TokenMixer(nn.Module):
             outside = index >= self.sinks
             stream = {n: t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype) for n, t in stream.items()}
         entering = {}
+        rows = torch.arange(stream["k"].shape[0], device=stream["k"].device)[:, None]
         for name, now in stream.items():
             if cache is None:
                 pending = now.new_zeros(now.shape[0], self.delay, *now.shape[2:])
             else:
                 slots = (cache["length"][:, None] + torch.arange(self.delay, device=now.device)) % self.delay
-                pending = cache[f"pending_{name}"][torch.arange(now.shape[0], device=now.device)[:, None], slots]
-            entering[name] = torch.cat([pending.to(now.dtype), now], 1)[:, :length]
+                pending = self._pending(cache, name, (rows, slots), now.dtype)
+            entering[name] = torch.cat([pending, now], 1)[:, :length]
         if context.lengths is not None:
             entering = {n: t * context.real(t) for n, t in entering.items()}
         starts = context.starts
         return entering, None if starts is None else torch.where(starts < 0, starts, starts + self.delay)
+
+    def _pending(self, cache: Tensors, name: str, at: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """What has not entered the memory yet of a part of the stream, at these rows and slots of its ring."""
+        ring = cache[f"{'window' if name in self.shared else 'pending'}_{name}"]
+        return numbers(ring[at], dtype).to(dtype)
+
+    def _waiting(self, stream: Tensors, outside: Tensor) -> Tensors:
+        """What rings hold of a stream [B, ...] until it enters the memory, 0 for sinks, which are not `outside`."""
+        return {
+            f"pending_{name}": t * outside.view(*outside.shape, *(1,) * (t.dim() - outside.dim())).to(t.dtype)
+            for name, t in stream.items()
+            if name not in self.shared
+        }
 
     @staticmethod
     def _document_index(like: Tensor, starts: Tensor | None, cache: Tensors | None) -> Tensor:
@@ -416,10 +433,7 @@ class TokenMixer(nn.Module):
             self._write_ring(cache, {"window_k": k, "window_v": v}, self.window, before, total, length)
         if self.delay:
             outside = before[:, None] + torch.arange(length, device=k.device) >= self.sinks
-            pending = {
-                f"pending_{name}": t * outside.view(*outside.shape, *(1,) * (t.dim() - 2)).to(t.dtype)
-                for name, t in stream.items()
-            }
+            pending = self._waiting(stream, outside)
             token = self._write_ring(cache, pending, self.delay, before, total, length)
             for name in pending:  # nothing of an earlier document may enter the memory later
                 cache[name].mul_((token >= 0).view(*token.shape, *(1,) * (cache[name].dim() - 2)))
@@ -458,13 +472,14 @@ class TokenMixer(nn.Module):
                     cache[f"{kind}_{side}"] = as_stored(t.new_zeros(batch, size, *t.shape[2:]), self.microscaled)
         if self.delay:
             for name, t in stream.items():
-                cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
+                if name not in self.shared:
+                    cache[f"pending_{name}"] = t.new_zeros(batch, self.delay, *t.shape[2:])
         if self.conv is not None:
             cache["conv"] = self.conv.empty(batch, k)
         if self.memory is not None:
-            cache.update(self.memory.initial_state(batch, k.device))
+            cache.update(self.memory.initial_state(batch, k))
             if self.terrace and self.delay:
-                cache.update({READ + name: t for name, t in self.memory.initial_state(batch, k.device).items()})
+                cache.update({READ + name: t for name, t in self.memory.initial_state(batch, k).items()})
         return cache
 
     def _step(
@@ -490,10 +505,10 @@ class TokenMixer(nn.Module):
             q_memory, stream = self._memory_inputs(x, *sides, one)
             entering = stream
             if self.delay:
-                entering = {n: cache[f"pending_{n}"][rows, length % self.delay] for n in stream}
-                for name, t in stream.items():
-                    outside = (length >= self.sinks).view(-1, *(1,) * (t.dim() - 1)).to(t.dtype)
-                    cache[f"pending_{name}"].index_put_((rows, length % self.delay), t * outside)
+                at = rows, length % self.delay
+                entering = {n: self._pending(cache, n, at, t.dtype) for n, t in stream.items()}
+                for name, t in self._waiting(stream, length >= self.sinks).items():
+                    cache[name].index_put_(at, t)
             if self._joins("all", "step"):
                 both = hybrid_step(
                     q, k, v, entering.get("g"), cache["state"], cache["window_k"], cache["window_v"], length,

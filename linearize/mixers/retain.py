@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linearize.kernels.microscaling import as_stored, numbers
 from linearize.kernels.window import masked_softmax
 from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
 from linearize.registry import memories
@@ -34,6 +35,7 @@ class RetainMemory(Fp32Part):
     log_weights = True
     softcap: float | None = None
     scale = 1.0
+    microscaled = False
 
     def __init__(self, shape: HeadShape, feature_dim: int, normalize: bool, *, slots: int = 128) -> None:
         super().__init__()
@@ -58,16 +60,16 @@ class RetainMemory(Fp32Part):
         """Return the tokens' scores, `score` [..., G] in fp32, of the layer's input [..., hidden]."""
         return {"score": self.logits(x).sigmoid().float()}
 
-    def initial_state(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """Return empty slots: keys and values [B, G, M, D], scores and order of arrival [B, G, M].
+    def initial_state(self, batch: int, like: Tensor) -> dict[str, Tensor]:
+        """Return empty slots: keys and values [B, G, M, D] as windows hold them, scores and order of arrival [B, G, M].
 
-        All are zeros in fp32, keys and values too, whatever the model's dtype is; a slot of score 0 is empty.
+        All are zeros, in the dtype of the keys `like` or as bytes of MXINT8, scores and order in fp32; a slot of score
+        0 is empty.
         """
-        sizes = [(*self.state_shape, self.head_dim)] * 2 + [self.state_shape] * 2
-        return {
-            name: torch.zeros(batch, *size, dtype=torch.float32, device=device)
-            for name, size in zip(self.state_names, sizes, strict=True)
-        }
+        tokens = as_stored(like.new_zeros(batch, *self.state_shape, self.head_dim), self.microscaled)
+        scores = torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=like.device)
+        states = tokens, tokens.clone(), scores, scores.clone()
+        return dict(zip(self.state_names, states, strict=True))
 
     def forward(
         self, q: Tensor, stream: dict[str, Tensor], starts: Tensor | None, state: dict[str, Tensor] | None
@@ -90,8 +92,8 @@ class RetainMemory(Fp32Part):
         if state is not None:
             past = self.slots
             order = state["state_order"].argsort(-1)
-            k = torch.cat([_gathered(state["state_keys"], order), k], 2)
-            v = torch.cat([_gathered(state["state_values"], order), v], 2)
+            held = (_gathered(t, order) for t in _tokens(state))
+            k, v = (torch.cat(pair, 2) for pair in zip(held, (k, v), strict=True))
             score = torch.cat([state["state_scores"].gather(-1, order), score], 2)
             first = F.pad(torch.where(first < 0, first, first + past), (past, 0))
         score, first = score.detach(), first.clamp(min=0)
@@ -102,7 +104,8 @@ class RetainMemory(Fp32Part):
         place, filled = _places(kept, self.slots)
         place, filled = place[:, :, 0], filled[:, :, 0]
         arrival = torch.arange(1, self.slots + 1, dtype=torch.float32, device=q.device)
-        after = (_gathered(k, place), _gathered(v, place), score.gather(-1, place), arrival.expand_as(filled))
+        tokens = (as_stored(_gathered(t, place).to(stream["k"].dtype), self.microscaled) for t in (k, v))
+        after = (*tokens, score.gather(-1, place), arrival.expand_as(filled))
         return (
             o.to(q.dtype),
             lse,
@@ -151,11 +154,12 @@ class RetainMemory(Fp32Part):
         enters = new > lowest
         for held, token in ((keys, stream["k"]), (values, stream["v"])):
             index = slot[..., None].expand(-1, -1, -1, held.shape[-1])
-            held.scatter_(2, index, torch.where(enters[..., None], token.float()[:, :, None], held.gather(2, index)))
+            one = as_stored(token, self.microscaled)[:, :, None]
+            held.scatter_(2, index, torch.where(enters[..., None], one, held.gather(2, index)))
         latest = order.amax(-1, keepdim=True) + 1
         order.scatter_(-1, slot, torch.where(enters, latest, order.gather(-1, slot)))
         scores.scatter_(-1, slot, torch.where(enters, new, lowest))
-        groups = keys.shape[1]
+        groups, (keys, values) = keys.shape[1], _tokens(state)
         queries = (q.float() * self.scale).unflatten(1, (groups, q.shape[1] // groups))[..., None, :]
         visible = (scores > 0)[:, :, None, None]
         o, lse, _ = masked_softmax(queries, keys[:, :, None], values, visible, self.softcap)
@@ -200,6 +204,12 @@ def _places(marks: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rank = torch.arange(1, count + 1, dtype=torch.int32, device=marks.device)
     found = torch.searchsorted(sums, rank.expand(*sums.shape[:-1], -1).contiguous())
     return found.clamp(max=marks.shape[-1] - 1), found < marks.shape[-1]
+
+
+def _tokens(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The kept keys and values [B, G, M, D] in fp32."""
+    keys, values = (numbers(state[name], torch.float32).float() for name in ("state_keys", "state_values"))
+    return keys, values
 
 
 def _gathered(t: Tensor, index: Tensor) -> Tensor:

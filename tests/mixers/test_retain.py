@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from linearize.errors import LinearizeError
+from linearize.kernels.microscaling import microscaled, numbers
 from linearize.kernels.window import WindowOutput
 from linearize.mixers import check_mixer
 from linearize.mixers.context import SequenceContext
@@ -76,7 +77,7 @@ def kept_places(memory, scores, state=None):
         "score": torch.tensor(scores)[None, :, None],
     }
     o, lse, after = memory(q, stream, None, state)
-    state, steps = memory.initial_state(1, torch.device("cpu")), []
+    state, steps = memory.initial_state(1, stream["k"]), []
     for t in range(length):
         out, sums = memory.step(q[:, t], {name: x[:, t] for name, x in stream.items()}, state)
         steps.append({int(i) for i in out[0, 0].nonzero()})
@@ -144,6 +145,63 @@ def test_the_cache_has_one_size_however_many_tokens_it_saw(random_teacher, make_
             sizes.append({name: t.shape for name, t in cache.layers[0].tensors.items()})
     assert sizes[0] == sizes[1] == sizes[2]
     assert sizes[0]["state_keys"] == sizes[0]["state_values"] == (1, 2, 6, 16)
+
+
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize(
+    ("cache_dtype", "dtype", "token"),
+    [
+        ("model", torch.float32, 2 * 64 * 4),
+        ("model", torch.bfloat16, 2 * 64 * 2),
+        ("mxint8", torch.float32, 2 * 66),
+        ("mxint8", torch.bfloat16, 2 * 66),
+    ],
+)
+def test_kept_tokens_cost_what_those_of_the_window_do(random_teacher, make_mixer, cache_dtype, dtype, token, exact):
+    """A slot has its score and order besides; a token that waits in the window has its score."""
+    model = random_teacher("llama", (4, 2), 64, num_hidden_layers=1).to(dtype)
+    convert(model, make_mixer(**FIELDS, cache_dtype=cache_dtype), exact_heads=[(0, head) for head in range(exact)])
+    with torch.no_grad():
+        cache = model(tokens(1, 30), use_cache=True).past_key_values
+        model(tokens(1, 1), past_key_values=cache)
+    sizes = {name: t.nbytes for name, t in cache.layers[0].tensors.items() if not name.startswith("exact_")}
+    groups = 2 - exact
+    assert sizes.pop("length") == 8
+    assert sum(sizes.pop(f"window_{side}") + sizes.pop(f"sink_{side}") for side in "kv") == groups * (5 + 2) * token
+    assert sizes.pop("state_keys") + sizes.pop("state_values") == groups * 6 * token
+    assert sizes.pop("state_scores") + sizes.pop("state_order") == groups * 6 * 8
+    assert sizes == {"pending_score": groups * 5 * 4}
+
+
+@pytest.mark.parametrize("cache_dtype", ["model", "mxint8"])
+@pytest.mark.parametrize("cuts", [(1, *range(2, 41)), (3, 11, *range(12, 41)), (25, 40)])
+def test_the_same_tokens_are_kept_to_the_bit_however_they_came(random_teacher, make_mixer, cache_dtype, cuts):
+    """In bf16, of the projections of all tokens at once, so that chunks and steps get the same ones."""
+    torch.manual_seed(0)
+    mixer = TokenMixer(HeadShape(4, 2, 64, 24), make_mixer(**FIELDS, cache_dtype=cache_dtype), 0.125)
+    mixer.memory.weight.data.normal_()
+    x, q, k, v = torch.randn(2, 40, 24), torch.randn(2, 40, 4, 64), *torch.randn(2, 2, 40, 2, 64)
+    x, q, k, v = (t.bfloat16() for t in (x, q, k, v))
+    k, v = (microscaled(t) if cache_dtype == "mxint8" else t for t in (k, v))
+    caches = {}, {}
+    with torch.no_grad():
+        whole = mixer(x, (q, k), (q, k), v, SequenceContext(), caches[0])
+        parts = [
+            mixer(x[:, a:b], (q[:, a:b], k[:, a:b]), (q[:, a:b], k[:, a:b]), v[:, a:b], SequenceContext(), caches[1])
+            for a, b in itertools.pairwise((0, *cuts))
+        ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-2)
+    kept, stepped = (
+        {name: cache[name].take_along_dim(order.view(*order.shape, *(1,) * (cache[name].dim() - 3)), 2)
+         for name in ("state_keys", "state_values", "state_scores")}
+        for cache in caches
+        for order in [cache["state_order"].argsort(-1)]
+    )  # fmt: skip
+    for name, t in kept.items():
+        assert torch.equal(t, stepped[name]), name
+    for name, came in (("state_keys", k), ("state_values", v)):
+        found = numbers(kept[name], torch.bfloat16)[:, :, :, None] == came.movedim(1, 2)[:, :, None]  # [B, G, M, T, D]
+        assert found.all(-1).any(-1).all()
 
 
 WRONG = {

@@ -7,6 +7,7 @@ import torch
 
 from linearize.cache import LinearizedCache
 from linearize.recipe import Recipe, recipe_names
+from linearize.recipe_mixer import Mixer
 from linearize.surgery import convert
 
 IDS = torch.randint(1, 61, (3, 24), generator=torch.Generator().manual_seed(2))
@@ -15,6 +16,11 @@ MIXERS = {
     for name in recipe_names()
     if (mixer := Recipe.from_yaml(name).mixer) is not None
 }
+RETAIN = Mixer.model_validate(
+    {"memory": {"name": "retain", "slots": 5}, "feature_map": "identity", "gate": "none", "combine": "joint",
+     "rotary": True, "overlap": False, "output_norm": False, "window": {"size": 6, "sinks": 2}}
+).model_dump()  # fmt: skip
+MIXERS |= {"retain": RETAIN, "retain, mxint8": {**RETAIN, "cache_dtype": "mxint8"}}
 
 
 @pytest.fixture(scope="module")

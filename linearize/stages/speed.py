@@ -36,6 +36,11 @@ def decoder_states(decoder: Any, input_ids: Tensor, position_ids: Tensor) -> Ten
     return states
 
 
+def _pays(model: nn.Module, passes: int) -> bool:
+    """Whether a stage is worth what compiling and capturing take."""
+    return next(model.parameters()).device.type == "cuda" and passes >= PASSES
+
+
 class _Decoder(nn.Module):
     """A decoder as a function of two tensors, as capture wants it."""
 
@@ -63,7 +68,7 @@ class FastDecoder:
         self.graphed: Any = None
         self.shape: torch.Size | None = None
         self.limits = contextlib.ExitStack()
-        if next(model.parameters()).device.type != "cuda" or passes < PASSES:
+        if not _pays(model, passes):
             self.captures = False
             return
         self.layers = list(layers_of(model))

@@ -1,7 +1,10 @@
 """What a GPU replays leaves the gradients that the same pass leaves step by step. Skipped where there is no GPU."""
 
+from functools import partialmethod
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from linearize.recipe_mixer import Mixer
 from linearize.recipe_stages import Distill, Finetune, Lora, Transfer
@@ -71,3 +74,21 @@ def test_a_replayed_pass_leaves_the_gradients_of_an_eager_one(stage, mixer, make
         for name, wanted in eager.items():
             apart = (fast[name] - wanted).norm() / wanted.norm().clamp(min=1e-8)
             assert apart < 2e-3, (name, float(apart))
+
+
+def test_layers_that_differ_are_all_compiled(make_run, monkeypatch) -> None:
+    windows = list(range(2, 14))
+    mixer = {"window": {"size": windows, "sinks": 2}, "combine": "window_only"}
+    model = make_run(Mixer.model_validate(mixer), num_hidden_layers=len(windows)).model
+    monkeypatch.setattr(speed, "_pays", lambda *_: True)
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    limit = torch._dynamo.config.recompile_limit
+    decoder = speed.FastDecoder(model, 1, graph=False)
+    for length in (24, 48):  # rows of two stages
+        places = torch.arange(length)[None]
+        decoder(3 + places, places)
+    assert counters["stats"]["unique_graphs"] == 2 * len(windows)
+    decoder.close()
+    assert torch._dynamo.config.recompile_limit == limit < len(windows)

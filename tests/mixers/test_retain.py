@@ -12,7 +12,7 @@ from linearize.mixers import check_mixer
 from linearize.mixers.context import SequenceContext
 from linearize.mixers.mixer import TokenMixer
 from linearize.mixers.parts import HeadShape
-from linearize.mixers.retain import RetainMemory
+from linearize.mixers.retain import RetainMemory, expiries
 from linearize.registry import combines
 from linearize.surgery import convert
 
@@ -239,3 +239,11 @@ def test_joint_of_two_empty_branches_is_zero_and_has_finite_gradients():
     out = combines.get("joint")(HeadShape(3, 1, 4, 8))(WindowOutput(o, nothing, nothing), o, nothing)
     assert not out.any()
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (o, nothing)))
+
+
+@pytest.mark.parametrize("form", [lambda t: t, lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)])
+def test_a_compiler_finds_expiries_to_be_what_it_says(form):
+    score = form(torch.rand(2, 3, 150, generator=torch.Generator().manual_seed(0)))
+    first = torch.zeros(2, 150, dtype=torch.long)
+    torch.library.opcheck(expiries, (score, first, 8))
+    assert expiries(score, first, 8).is_contiguous()

@@ -372,9 +372,7 @@ def _check_stage_windows(recipe: Recipe, mixers: dict[int, Any]) -> None:
     """Raise where a stage's windows are those that all layers have anyway, as where the teacher's own is short."""
     for index, stage in enumerate(recipe.stages):
         size = stage.window
-        if size is None:
-            continue
-        if all(_window_of(mixer) == min(size, mixer.max_window or size) for mixer in mixers.values()):
+        if size is not None and all(_window_of(mixer) == mixer.bounded(size) for mixer in mixers.values()):
             raise LinearizeError(
                 f"`stages.{index}.window` is {size}, and all windows of this model are as long without it (the "
                 "teacher's own may be short), so that it has no effect. Take another size, or drop it."

@@ -87,7 +87,7 @@ class TokenMixer(nn.Module):
         window = spec["window"] if self.combine.uses_window else None
         size = 0 if window is None else _own_size(window["size"], shape.layer)
         self.max_window = max_window
-        self.window = min(size, max_window or size)
+        self.window = self.bounded(size)
         self.terrace = 0  # tokens of a block
         if window is not None and window.get("kind", "sliding") == "terrace":
             self.terrace = max(1, min(size, (max_window or 2 * size) // 2))
@@ -130,6 +130,10 @@ class TokenMixer(nn.Module):
             self.output_gate = nn.Linear(shape.hidden, shape.heads * shape.head_dim, bias=True)
             nn.init.zeros_(self.output_gate.weight)
             nn.init.constant_(self.output_gate.bias, 4.0)
+
+    def bounded(self, size: int) -> int:
+        """Return a window of so many tokens, or the teacher's own where that is shorter."""
+        return min(size, self.max_window or size)
 
     @staticmethod
     def _build_conv(shape: HeadShape, inner: HeadShape, conv: dict[str, Any]) -> ShortConvolution:

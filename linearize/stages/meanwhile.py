@@ -25,7 +25,7 @@ def windows_of(model: nn.Module, size: int | None) -> contextlib.AbstractContext
     if size is None:
         return contextlib.nullcontext()
     mixers = [part for part in model.modules() if isinstance(part, TokenMixer) and part.window]
-    return _having(mixers, "window", [min(size, mixer.max_window or size) for mixer in mixers])
+    return _having(mixers, "window", [mixer.bounded(size) for mixer in mixers])
 
 
 def unrounded(model: nn.Module) -> contextlib.AbstractContextManager[None]:

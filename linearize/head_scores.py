@@ -46,6 +46,11 @@ class UnitScore:
     language: float
     halo: float = 0.0
 
+    @property
+    def lost(self) -> float:
+        """What the unit costs, in nats: divergence on prose and what answers lose; where they gain, nothing."""
+        return self.kl + max(0.0, self.recall)
+
 
 @dataclass(frozen=True)
 class ProbeScores:
@@ -60,7 +65,7 @@ class ProbeScores:
         teacher: the teacher's own `log_prob` and `accuracy` on the answers, and `language`, its cross-entropy on prose.
         units: every KV head and every layer.
         joint: heads in the order of what they are worth together, the first the last to be given up; none unless asked.
-        windows: for each size of `mixer.window.size.among`, the divergence (`UnitScore.kl`) of each layer on it.
+        windows: for each size of `mixer.window.size.among`, what each layer loses on it (`UnitScore.lost`).
         seconds: wall time.
     """
 
@@ -177,14 +182,14 @@ def with_halo(units: Sequence[UnitScore]) -> tuple[UnitScore, ...]:
 
 
 def choose_windows(scores: dict[int, list[float]], tokens: int, layers: Sequence[int] | None = None) -> list[int]:
-    """Return a window for each layer: the sizes whose divergences add up to little, greedily.
+    """Return a window for each layer: the sizes whose losses add up to little, greedily.
 
     Every layer begins with the smallest size. The step from there, of one layer to one larger size, that lowers its
-    divergence most for each token more is taken as long as it fits, and so on. A size does no worse than a smaller one:
-    a divergence that says so is noise.
+    loss most for each token more is taken as long as it fits, and so on. A size does no worse than a smaller one: a
+    loss that says so is noise.
 
     Args:
-        scores: of each size, from small to large, the layers' divergences.
+        scores: of each size, from small to large, the layers' losses.
         tokens: what the sizes of the chosen layers may add up to.
         layers: which layers have windows; all by default. Others are given the smallest size.
     """

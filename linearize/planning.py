@@ -17,12 +17,14 @@ from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, to
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_memories, choose_windows
 from linearize.kernels.microscaling import stored_bytes
+from linearize.mixers.retain import RetainMemory
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import ExactHeads, Probe, Recipe, SoftmaxLayers
 from linearize.recipe_mixer import MemoryLayers, WindowBudget
 from linearize.recipe_stages import TRAINED_PROJECTIONS, AnyStage, Distill, Transfer
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
+from linearize.stages.retention import QUERIES
 from linearize.stages.speed import PASSES
 from linearize.stream_plan import available_memory, check_streamed, transfer_alone
 from linearize.weights import empty_model
@@ -176,6 +178,7 @@ def make_plan(
         mixers = _convert(recipe, network)
     if asked.window_budget is None:
         _check_stage_windows(recipe, mixers)
+    _check_labels(recipe, mixers)
     streamed = _stream_plan(recipe, network, part) if stream else None
     stages = tuple(_stage(recipe, i, network, mixers, dtype, streamed) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -216,8 +219,8 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     while budget is not None and count and _share_of(chosen, config, dtype, _pairs(chosen)) > budget:
         count -= 1  # heads of a layer with a memory cost less than `count_heads` takes them to
         chosen = _with_heads(recipe, scores, count, converted, _groups(config))
-    divergences = {int(size): values for size, values in scores.windows.items()}
-    return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(divergences, tokens, converted))
+    lost = {int(size): values for size, values in scores.windows.items()}
+    return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(lost, tokens, converted))
 
 
 def _with_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: list[int], groups: int) -> Recipe:
@@ -376,6 +379,19 @@ def _check_stage_windows(recipe: Recipe, mixers: dict[int, Any]) -> None:
             raise LinearizeError(
                 f"`stages.{index}.window` is {size}, and all windows of this model are as long without it (the "
                 "teacher's own may be short), so that it has no effect. Take another size, or drop it."
+            )
+
+
+def _check_labels(recipe: Recipe, mixers: dict[int, Any]) -> None:
+    """Raise where the rows of a transfer are too short for any token to have a label of what is worth keeping."""
+    reach = [_window_of(mixer) + QUERIES for mixer in mixers.values() if isinstance(mixer.memory, RetainMemory)]
+    for index, stage in enumerate(recipe.stages):
+        rows = stage.row_length(recipe.data.length)
+        if reach and isinstance(stage, Transfer) and rows < max(reach):
+            raise LinearizeError(
+                f"`stages.{index}` learns what is worth keeping where {QUERIES} queries stand behind a token's window; "
+                f"rows of {rows} tokens have none. Rows of {max(reach)} tokens and more do: `data.length`, or "
+                f"`stages.{index}.length`."
             )
 
 

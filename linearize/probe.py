@@ -113,7 +113,7 @@ def run_probe(
     budget = recipe.window_budget
     windows: dict[str, list[float]] = {}
     if budget is not None:  # at the smallest size, the heads' own, whole layers are scored already
-        windows[str(window["size"])] = [unit.kl for unit in units if unit.head is None]
+        windows[str(window["size"])] = [unit.lost for unit in units if unit.head is None]
         windows |= {str(size): score_layers(model, samples, {**window, "size": size}) for size in budget.among[1:]}
     scores = ProbeScores(
         model=name,
@@ -174,7 +174,7 @@ def score_units(
 
 
 def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dict[str, int]) -> list[float]:
-    """Return what each layer costs on a window: the divergence on prose, as `UnitScore.kl` has it.
+    """Return what each layer loses on a window, as `UnitScore.lost` has it.
 
     Args:
         model: the teacher.
@@ -186,17 +186,20 @@ def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dic
     """
     if not any(is_prose for _, is_prose in samples):
         raise LinearizeError(
-            "Sizes of windows are chosen by the divergence on prose, and the probe's tasks have none; add one to "
-            "probe.tasks, such as multikey_niah."
+            "Sizes of windows are chosen by recall and by the divergence on prose, and the probe's tasks have none; "
+            "add one to probe.tasks, such as multikey_niah."
         )
     attention = _Branches(model, window)
-    tallies = [_Tally() for _ in range(attention.layers)]
+    teacher, tallies = _Tally(), [_Tally() for _ in range(attention.layers)]
     with evaluation_mode(model):
-        for chosen in _batches([pair for pair in samples if pair[1]], _room(model, 1)):
+        for chosen in _batches(samples, _room(model, 1)):
             batch = _Batch(model, chosen)
+            batch.add(batch.teacher_logits, teacher)
             for layer, tally in enumerate(tallies):
-                batch.add(batch.candidates(attention, layer, [frozenset()])[0][0], tally)
-    return [tally.kl for tally in tallies]
+                logits, errors = batch.candidates(attention, layer, [frozenset()])
+                tally.errors += errors
+                batch.add(logits[0], tally)
+    return [tally.unit(layer, None, teacher).lost for layer, tally in enumerate(tallies)]
 
 
 def rank_together(

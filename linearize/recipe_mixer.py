@@ -48,8 +48,9 @@ Share: TypeAlias = Annotated[float, BeforeValidator(_share), Field(gt=0, lt=1)]
 class WindowBudget(Strict):
     """Windows of another size in each layer, as large as a cache budget allows, where the probe finds that it matters.
 
-    Every layer begins with the smallest size; then, again and again, the layer and the larger size that lower the
-    divergence from the teacher most, by what they cost, as the probe measures it for one layer at a time.
+    Every layer begins with the smallest size; then, again and again, the layer and the larger size that win most for
+    what they cost, as the probe measures one layer at a time: of the answers' log-probability that recall loses, and of
+    the divergence from the teacher on prose.
 
     Args:
         cache: the largest share of the teacher's bf16 KV cache that the whole cache may have at 8,192 tokens of one

@@ -51,6 +51,8 @@ def rows_of(recipe: Recipe, length: int) -> list[str]:
 def short(name: str, *overrides: str) -> Recipe:
     """A packaged recipe on rows that fit the tiny teacher."""
     recipe = Recipe.from_yaml(name)
+    if recipe.mixer is not None and recipe.mixer.memory.name == "retain":  # it learns from 64 queries behind a window
+        return recipe.with_overrides(["data.length=192", *(f"stages.{i}.length=192" for i in range(3)), *overrides])
     return recipe.with_overrides([*rows_of(recipe, 64), *overrides])
 
 
@@ -128,6 +130,7 @@ def test_a_plan_counts_the_bytes_of_kept_tokens(exact, dtype: torch.dtype, cache
     parts = ["combine=joint", "memory={name: retain, slots: 9}", "feature_map=identity", "gate=none", "rotary=true"]
     parts += ["overlap=false", "output_norm=false", "window={size: 7, sinks: 2}", f"cache_dtype={cache_dtype}"]
     recipe = short("gdn", *(f"mixer.{part}" for part in parts), "mixer.conv=null", f"exact_heads={exact}")
+    recipe = recipe.with_overrides(["data.length=96"])
     config = tiny_config()
     plan = make_plan(recipe, config, dtype=dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -138,6 +141,17 @@ def test_a_plan_counts_the_bytes_of_kept_tokens(exact, dtype: torch.dtype, cache
     heads = 4 - len(exact)
     mixed = heads * ((7 + 2 + 9) * one + 9 * 8 + 7 * 4) + 8 * (1 if exact else 2)
     assert cache.nbytes() == mixed + len(exact) * 1024 * one + (8 * 2 if exact else 0)
+
+
+def test_rows_that_teach_nothing_of_what_to_keep_are_refused(tiny_config):
+    """A token has a label once 64 queries stand behind its window."""
+    words = ["mixer.memory={name: retain, slots: 8}", "mixer.combine=joint", "mixer.overlap=false", "mixer.rotary=true"]
+    words += ["mixer.window={size: 16}", "mixer.feature_map=identity", "mixer.gate=none"]
+    stages = "stages=[{stage: transfer, tokens: 64, batch: 1}]"
+    recipe = Recipe.from_yaml("untrained").with_overrides([*words, "exact_heads=[]", "data.length=80", stages])
+    assert make_plan(recipe, tiny_config()).stages[0].trained
+    with pytest.raises(LinearizeError, match=r"`stages.0` learns .* rows of 79 tokens have none. Rows of 80 tokens"):
+        make_plan(recipe.with_overrides(["data.length=79"]), tiny_config())
 
 
 def test_a_stage_window_that_the_teachers_own_makes_idle_is_an_error(tiny_config) -> None:

@@ -279,13 +279,18 @@ def test_a_budget_is_kept_and_more_heads_leave_shorter_windows(tiny_config):
         chosen([])
 
 
-def test_divergences_of_layers_are_those_of_whole_units(random_teacher, byte_tokenizer):
-    model = random_teacher("llama", (4, 2), 16)
+def test_a_layer_on_a_window_loses_divergence_and_recall(planted):
+    """Layer 1 looks back for the secret token: that loss counts beside prose, and where answers gain, nothing does."""
     samples = [(hidden({3: 41}), True), (hidden({5: 44}), False)]
-    _, units = score_units(model, samples, WINDOW)
-    assert score_layers(model, samples, WINDOW) == pytest.approx([u.kl for u in units if u.head is None], rel=1e-4)
-    with pytest.raises(LinearizeError, match="the divergence on prose"):
-        score_layers(model, samples[1:], WINDOW)
+    _, units = score_units(planted, samples, WINDOW)
+    whole = [unit for unit in units if unit.head is None]
+    assert whole[1].recall > 1
+    lost = [unit.kl + max(0.0, unit.recall) for unit in whole]
+    assert score_layers(planted, samples, WINDOW) == pytest.approx(lost, rel=1e-4, abs=1e-6)
+    assert [unit.lost for unit in whole] == lost
+    assert replace(whole[1], recall=-3.0).lost == whole[1].kl
+    with pytest.raises(LinearizeError, match="divergence on prose"):
+        score_layers(planted, samples[1:], WINDOW)
 
 
 def test_halo_is_recall_over_language():

@@ -24,6 +24,7 @@ PAIRS = [(recipe, family) for recipe in RECIPES for family in CAUSAL if RECIPES[
 REFUSED = [(recipe, family) for recipe in RECIPES for family in CAUSAL if RECIPES[recipe].causal != CAUSAL[family]]
 SEED = 5
 LENGTH = 32
+LONG, LABELLED = 192, 96  # rows and shortest rows where a memory learns what to keep from 64 queries behind its window
 
 
 def rotation(seed: int) -> list[tuple[str, str]]:
@@ -37,23 +38,34 @@ def rotation(seed: int) -> list[tuple[str, str]]:
     return chosen
 
 
+def retains(recipe: Recipe) -> bool:
+    return recipe.mixer is not None and recipe.mixer.memory.name == "retain"
+
+
 def rows_of(recipe: Recipe, length: int) -> list[str]:
     """Overrides for rows of `length` tokens, a stage's own ones as much shorter as its recipe has them."""
+    least = LABELLED if retains(recipe) else 8
     own = {index: stage.length for index, stage in enumerate(recipe.stages) if stage.length is not None}
-    shorter = {index: max(8, each * length // recipe.data.length) for index, each in own.items()}
+    shorter = {index: max(least, each * length // recipe.data.length) for index, each in own.items()}
     return [f"data.length={length}", *(f"stages.{index}.length={each}" for index, each in shorter.items())]
+
+
+def length_of(recipe: Recipe) -> int:
+    """Rows that fit the tiny teacher."""
+    return LONG if retains(recipe) else LENGTH
 
 
 def small(recipe: Recipe) -> Recipe:
     """A recipe with two steps of every stage, on rows that fit the tiny teacher and reach beyond the window."""
-    recipe = recipe.with_overrides(rows_of(recipe, LENGTH))
+    length = length_of(recipe)
+    recipe = recipe.with_overrides(rows_of(recipe, length))
     changes = ["data.held_out=1"]
     if recipe.mixer is not None and recipe.mixer.window is not None:
         changes.append("mixer.window.size=6")
     for index, own in enumerate(recipe.stages):
         changes += [f"stages.{index}.micro_batch=1", f"stages.{index}.batch=2"]
         rounds = sum(own == stage.model_copy(update={"tokens": own.tokens}) for _, stage in recipe.schedule())
-        changes.append(f"stages.{index}.tokens={2 * 2 * own.row_length(LENGTH) * rounds}")
+        changes.append(f"stages.{index}.tokens={2 * 2 * own.row_length(length) * rounds}")
     return recipe.with_overrides(changes)
 
 
@@ -71,7 +83,7 @@ def test_ls_shows_every_recipe_part_and_family(capsys) -> None:
 @pytest.mark.parametrize(("recipe", "family"), PAIRS)
 def test_a_recipe_plans_for_every_family_that_it_fits(tiny_config, recipe, family) -> None:
     config = tiny_config(family, num_hidden_layers=8)
-    plan = make_plan(RECIPES[recipe].with_overrides(rows_of(RECIPES[recipe], LENGTH)), config)
+    plan = make_plan(small(RECIPES[recipe]), config)
     converted = [layer.index for layer in plan.layers if layer.kind == "converted"]
     assert converted == converted_layers(RECIPES[recipe], config)
     assert (RECIPES[recipe].mixer is None) == (converted == [])
@@ -103,10 +115,11 @@ def run_stages(random_teacher, folder, recipe: str, family: str) -> None:
     layers = 2 if RECIPES[recipe].layers == "all" else 8  # so many that Gemma has several that are not local
     model = random_teacher(family, num_hidden_layers=layers)
     chosen = place_heads(small(RECIPES[recipe]), model.config, torch.float32)
-    ids = torch.randint(3, 61, (4, LENGTH), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    positions = torch.cat([torch.arange(12), torch.arange(LENGTH - 12)]).int().repeat(4, 1)
+    length = length_of(RECIPES[recipe])
+    ids = torch.randint(3, 61, (4, length), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    positions = torch.cat([torch.arange(12), torch.arange(length - 12)]).int().repeat(4, 1)
     rows = PackedRows(ids, positions, torch.where(positions == 0, -100, ids))
-    halves = torch.arange(LENGTH // 2).repeat(2).int().repeat(4, 1)
+    halves = torch.arange(length // 2).repeat(2).int().repeat(4, 1)
     answers = PackedRows(ids, halves, torch.where(halves < 4, -100, ids))
     pairs = Corpus(answers, answers[:1], "", "", {})
     masking = {} if chosen.causal else {"masking": {"token": 60, "vocabulary": 60}}
@@ -119,13 +132,13 @@ def run_stages(random_teacher, folder, recipe: str, family: str) -> None:
     run.load_teacher = lambda device: random_teacher(family, num_hidden_layers=layers)
     converted = [] if surgery is None else sorted(surgery.teachers)
     for index, (turn, stage) in enumerate(chosen.schedule()):
-        assert stage.steps(LENGTH) == 2
+        assert stage.steps(length) == 2
         if surgery is not None and chosen.progressive > 1:
             surgery.activate(layer for earlier in range(turn + 1) for layer in chosen.joining(converted, earlier))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         own = replace(
             run,
-            corpus=corpus.with_length(stage.row_length(LENGTH)),
+            corpus=corpus.with_length(stage.row_length(length)),
             teacher_copy=needs_teacher_copy(chosen, model.config, index),
         )
         if surgery is not None and isinstance(stage, Transfer):

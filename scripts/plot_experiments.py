@@ -5,7 +5,8 @@
 
 With `--evaluations` (folders of `linearize eval`) the CSV is written: a row for every model that is a run of its
 own, with its cache at 8,192 tokens over the teacher's. The figure is drawn from the CSV: perplexity as a multiple of
-the softmax control's, and recall.
+the softmax control's, recall and LAMBADA; a star is a recipe of ours, a circle a published one, a square has the whole
+cache.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +64,26 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     base = next(row for row in rows if row["run"] == control)
     perplexities = [name for name in base if name.endswith(" perplexity")]
-    recalls = [name for name in ("passkey 1024", "s_niah_2 1024", "s_niah_3 1024") if base.get(name)]
-    panels = [*perplexities, *recalls]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4.4), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], panels, strict=True):
+    others = "passkey 1024", "s_niah_2 1024", "s_niah_3 1024", "lambada_openai"
+    panels = [*perplexities, *(name for name in others if base.get(name))]
+    columns = min(3, len(panels))
+    size = 4.2 * columns, 3.6 * math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(
+        math.ceil(len(panels) / columns), columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, panels, strict=False):
         ratio = name in perplexities
-        for row in rows:
+        for place, row in enumerate(rows):
             if not row.get(name):
                 continue
             value = float(row[name]) / (float(base[name]) if ratio else 1)
+            marker = "s" if float(row["cache"]) == 1 else "o" if row["recipe"].startswith("paper/") else "*"
             x = 100 * float(row["cache"])
-            axis.plot(x, value, "o", color="tab:blue" if row["run"].startswith(("best", "tiny")) else "tab:gray")
-            axis.annotate(row["run"], (x, value), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axis.plot(
+                x, value, marker, ms=11 if marker == "*" else 7, color=f"C{place}", label=row["run"], clip_on=False
+            )
         axis.set_xscale("log")
         axis.set_xlabel("cache at 8,192 tokens, % of the teacher's")
         axis.set_title(f"{name}, x {control}" if ratio else f"{name}, % right", fontsize=9)
@@ -82,9 +92,11 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
             axis.yaxis.set_major_formatter(plain)
             axis.yaxis.set_minor_formatter(plain)
         else:
-            axis.set_ylim(0, 105)
+            axis.set_ylim(0, 105 if name != "lambada_openai" else None)
         axis.xaxis.set_major_formatter(plain)
         axis.grid(alpha=0.3, which="both")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(output, dpi=110)
 
 

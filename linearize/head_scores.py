@@ -65,7 +65,7 @@ class ProbeScores:
         teacher: the teacher's own `log_prob` and `accuracy` on the answers, and `language`, its cross-entropy on prose.
         units: every KV head and every layer.
         joint: heads in the order of what they are worth together, the first the last to be given up; none unless asked.
-        windows: for each size of `mixer.window.size.among`, what each layer loses on it (`UnitScore.lost`).
+        losses: for each size of `mixer.window.size.among`, what each layer loses on it (`UnitScore.lost`).
         seconds: wall time.
     """
 
@@ -77,7 +77,7 @@ class ProbeScores:
     teacher: dict[str, float]
     units: tuple[UnitScore, ...]
     joint: tuple[tuple[int, int], ...] = ()
-    windows: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def heads(self) -> list[UnitScore]:
@@ -143,9 +143,9 @@ class ProbeScores:
                 "`linearize probe --recipe`, and --fresh or another --output."
             )
         budget = recipe.window_budget
-        if budget is not None and [int(size) for size in self.windows] != budget.among:
+        if budget is not None and [int(size) for size in self.losses] != budget.among:
             raise LinearizeError(
-                f"{where} scored layers under windows of {', '.join(self.windows) or 'one size'}, and the recipe lets "
+                f"{where} scored layers under windows of {', '.join(self.losses) or 'one size'}, and the recipe lets "
                 f"them choose among {budget.among}. Make it anew with `linearize probe --recipe`."
             )
 

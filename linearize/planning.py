@@ -219,8 +219,8 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
     while budget is not None and count and _share_of(chosen, config, dtype, _pairs(chosen)) > budget:
         count -= 1  # heads of a layer with a memory cost less than `count_heads` takes them to
         chosen = _with_heads(recipe, scores, count, converted, _groups(config))
-    lost = {int(size): values for size, values in scores.windows.items()}
-    return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(lost, tokens, converted))
+    losses = {int(size): values for size, values in scores.losses.items()}
+    return _fill_windows(chosen, config, dtype, lambda tokens: choose_windows(losses, tokens, converted))
 
 
 def _with_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: list[int], groups: int) -> Recipe:

@@ -111,10 +111,10 @@ def run_probe(
     window = probe_window(recipe)
     teacher, units = score_units(model, samples, window, progress)
     budget = recipe.window_budget
-    windows: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     if budget is not None:  # at the smallest size, the heads' own, whole layers are scored already
-        windows[str(window["size"])] = [unit.lost for unit in units if unit.head is None]
-        windows |= {str(size): score_layers(model, samples, {**window, "size": size}) for size in budget.among[1:]}
+        losses[str(window["size"])] = [unit.lost for unit in units if unit.head is None]
+        losses |= {str(size): score_layers(model, samples, {**window, "size": size}) for size in budget.among[1:]}
     scores = ProbeScores(
         model=name,
         layers=model.config.num_hidden_layers,
@@ -123,7 +123,7 @@ def run_probe(
         samples=sample_settings(recipe, seed),
         teacher=teacher,
         units=units,
-        windows=windows,
+        losses=losses,
     )
     asked = recipe.exact_heads
     if isinstance(asked, ExactHeads) and asked.by == "joint":

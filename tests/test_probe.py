@@ -255,7 +255,7 @@ def test_a_budget_is_kept_and_more_heads_leave_shorter_windows(tiny_config):
     sizes = {"cache": 0.1, "among": [16, 64, 256, 1024]}
     spec = {"mixer": {"window": {"size": sizes, "sinks": 4}, "combine": "window_only"}}
     scores = replace(made([[0.0, 1.0]] * 3), window={"size": 16, "sinks": 4})
-    scores = replace(scores, windows={str(n): [1 / n, 3 / n, 2 / n] for n in sizes["among"]})
+    scores = replace(scores, losses={str(n): [1 / n, 3 / n, 2 / n] for n in sizes["among"]})
 
     def chosen(heads: object) -> tuple[list[int], float]:
         recipe = Recipe.parse({"name": "r", **spec, "exact_heads": heads}, "r")
@@ -305,9 +305,11 @@ def test_scores_survive_the_file(tmp_path):
     assert ProbeScores.read(tmp_path / "probe.json") == scores
     with pytest.raises(LinearizeError, match="cannot be read"):
         ProbeScores.read(tmp_path / "none.json")
-    (tmp_path / "other.json").write_text("[]")
-    with pytest.raises(LinearizeError, match=r"other\.json is no probe\.json"):
-        ProbeScores.read(tmp_path / "other.json")
+    before = (tmp_path / "probe.json").read_text().replace('"losses"', '"windows"')  # of divergence alone
+    for text in ("[]", before):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(LinearizeError, match=r"other\.json is no probe\.json"):
+            ProbeScores.read(tmp_path / "other.json")
 
 
 def test_lengths_follow_the_window_and_the_rows():

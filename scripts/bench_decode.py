@@ -11,15 +11,17 @@ said.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_training import random_model, report
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -120,6 +122,44 @@ def token_seconds(model: Any, cache: Any, batch: int, position: int, repeats: in
     return median(times[3:])
 
 
+class Alone(nn.Module):
+    """A decoder layer, compiled, that sees its own part of the cache alone, as the first of one.
+
+    A layer finds its cache by its index, which makes every layer's graph another one; so all share one.
+    """
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        super().__init__()
+        self.layer, self.index = layer, index
+        self.run = torch.compile(layer)
+
+    def forward(self, *args: Any, past_key_values: Cache, **kwargs: Any) -> Any:
+        """Run the layer on what it has cached."""
+        return self.run(*args, past_key_values=Cache(layers=[past_key_values.layers[self.index]]), **kwargs)
+
+
+@contextlib.contextmanager
+def compiled_layers(model: Any, wanted: bool) -> Iterator[None]:
+    """Let the decoder's layers be compiled ones that share their graphs, for a while."""
+    layers = layers_of(model)
+    attention = [module for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")]
+    if not wanted:
+        yield
+        return
+    indices = [module.layer_idx for module in attention]
+    for index, layer in enumerate(list(layers)):
+        layers[index] = Alone(layer, index)
+    for module in attention:
+        module.layer_idx = 0
+    try:
+        yield
+    finally:
+        for index, wrapper in enumerate(list(layers)):
+            layers[index] = wrapper.layer
+        for module, index in zip(attention, indices, strict=True):
+            module.layer_idx = index
+
+
 @torch.no_grad()
 def student_cache(model: Any, batch: int) -> LinearizedCache:
     """A cache that has seen a prompt."""
@@ -159,24 +199,25 @@ def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[
     ALL_ATTENTION_FUNCTIONS.register("grouped_decode", grouped_attention)
     model.set_attn_implementation("grouped_decode")
     teacher: dict[tuple[int, int], tuple[float | None, int]] = {}
-    for batch in given.batches:
-        for context in given.contexts:
-            cache = None
+    for batch, context in itertools.product(given.batches, given.contexts):
+        cache = None
+        with compiled_layers(model, given.compile):
             try:
                 cache = full_cache(model.config, batch, context, like)
                 seconds = token_seconds(model, cache, batch, context - 1, given.repeats)
                 teacher[batch, context] = seconds, tensor_bytes(cache)
             except torch.OutOfMemoryError:
                 teacher[batch, context] = None, 0
-            del cache
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        del cache
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     assert recipe.mixer is not None
     convert(model, recipe.mixer.model_dump())
     rows = []
     for batch in given.batches:
         cache = student_cache(model, batch)
-        mine, state = token_seconds(model, cache, batch, PROMPT, given.repeats), tensor_bytes(cache)
+        with compiled_layers(model, given.compile):
+            mine, state = token_seconds(model, cache, batch, PROMPT, given.repeats), tensor_bytes(cache)
         for context in given.contexts:
             theirs, kv = teacher[batch, context]
             roofline = (weights + kv) / (weights + 2 * state)
@@ -214,11 +255,7 @@ def main() -> None:
     device = torch.device(given.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(given.model, device, dtype, given.layers)
-    if given.compile:
-        torch._dynamo.config.recompile_limit = 256  # a layer knows its index: each is compiled, teacher's and student's
-        torch._dynamo.config.accumulated_recompile_limit = 1024
-        for layer in layers_of(model):
-            layer.compile()
+    torch._dynamo.config.recompile_limit = 64  # batches, contexts, and a first token that is not yet in the cache
     rows = measure(model, Recipe.from_yaml(given.recipe), given)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report(rows, f"{given.model}, {given.recipe}; {where}, torch {torch.__version__}", given.csv, "does not fit")

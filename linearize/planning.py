@@ -17,14 +17,13 @@ from linearize.estimates import LAUNCHES, Weights, logit_bytes, stage_memory, to
 from linearize.eval.memory import format_bytes
 from linearize.head_scores import ProbeScores, choose_heads, choose_layers, choose_memories, choose_windows
 from linearize.kernels.microscaling import stored_bytes
-from linearize.mixers.retain import RetainMemory
 from linearize.modeling.classes import family_of, layers_of
 from linearize.recipe import ExactHeads, Probe, Recipe, SoftmaxLayers
 from linearize.recipe_mixer import MemoryLayers, WindowBudget
 from linearize.recipe_stages import TRAINED_PROJECTIONS, AnyStage, Distill, Transfer
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
-from linearize.stages.retention import QUERIES
+from linearize.stages.retention import QUERIES, labelled_rows
 from linearize.stages.speed import PASSES
 from linearize.stream_plan import available_memory, check_streamed, transfer_alone
 from linearize.weights import empty_model
@@ -178,7 +177,7 @@ def make_plan(
         mixers = _convert(recipe, network)
     if asked.window_budget is None:
         _check_stage_windows(recipe, mixers)
-    _check_labels(recipe, mixers)
+        _check_labels(recipe, mixers)
     streamed = _stream_plan(recipe, network, part) if stream else None
     stages = tuple(_stage(recipe, i, network, mixers, dtype, streamed) for i in range(len(recipe.schedule())))
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -384,13 +383,16 @@ def _check_stage_windows(recipe: Recipe, mixers: dict[int, Any]) -> None:
 
 def _check_labels(recipe: Recipe, mixers: dict[int, Any]) -> None:
     """Raise where the rows of a transfer are too short for any token to have a label of what is worth keeping."""
-    reach = [_window_of(mixer) + QUERIES for mixer in mixers.values() if isinstance(mixer.memory, RetainMemory)]
     for index, stage in enumerate(recipe.stages):
-        rows = stage.row_length(recipe.data.length)
-        if reach and isinstance(stage, Transfer) and rows < max(reach):
+        if not isinstance(stage, Transfer):
+            continue
+        rows, size = stage.row_length(recipe.data.length), stage.window
+        windows = [(mixer, _window_of(mixer) if size is None else mixer.bounded(size)) for mixer in mixers.values()]
+        least = max((labelled_rows(mixer, window) for mixer, window in windows), default=0)
+        if rows < least:
             raise LinearizeError(
                 f"`stages.{index}` learns what is worth keeping where {QUERIES} queries stand behind a token's window; "
-                f"rows of {rows} tokens have none. Rows of {max(reach)} tokens and more do: `data.length`, or "
+                f"rows of {rows} tokens have none. Rows of {least} tokens and more do: `data.length`, or "
                 f"`stages.{index}.length`."
             )
 

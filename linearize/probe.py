@@ -139,7 +139,12 @@ def run_probe(
 
 
 def score_units(
-    model: Any, samples: Sequence[tuple[Sample, bool]], window: dict[str, int], progress: Progress | None = None
+    model: Any,
+    samples: Sequence[tuple[Sample, bool]],
+    window: dict[str, int],
+    progress: Progress | None = None,
+    *,
+    heads: bool = True,
 ) -> tuple[dict[str, float], tuple[UnitScore, ...]]:
     """Score every unit of a teacher on recall samples.
 
@@ -148,25 +153,27 @@ def score_units(
         samples: each with whether its filler is prose, on which divergence and language are measured.
         window: `size` and `sinks` of what a unit gets.
         progress: see `run_probe`.
+        heads: KV heads too, or whole layers alone.
 
     Returns:
         The teacher's own log-probability, accuracy and cross-entropy, and the units' scores.
     """
     attention = _Branches(model, window)
-    units = [(layer, head) for layer in range(attention.layers) for head in (*range(attention.groups), None)]
+    parts = [*(range(attention.groups) if heads else ()), None]  # of a layer; None is the whole
+    units = [(layer, part) for layer in range(attention.layers) for part in parts]
     tallies = {unit: _Tally() for unit in units}
     teacher = _Tally()
-    pending = list(_batches(samples, _room(model, attention.groups + 1)))
+    pending = list(_batches(samples, _room(model, len(parts))))
     with evaluation_mode(model):
         for turn, chosen in enumerate(pending):
             batch = _Batch(model, chosen)
             batch.add(batch.teacher_logits, teacher)
             for layer in range(attention.layers):
-                for heads in _chunks([*range(attention.groups), None], batch.rows):
-                    logits, errors = batch.candidates(attention, layer, [attention.without(head) for head in heads])
-                    for head, made, error in zip(heads, logits, errors, strict=True):
-                        tallies[layer, head].errors.append(error)
-                        batch.add(made, tallies[layer, head])
+                for several in _chunks(parts, batch.rows):
+                    logits, errors = batch.candidates(attention, layer, [attention.without(part) for part in several])
+                    for part, made, error in zip(several, logits, errors, strict=True):
+                        tallies[layer, part].errors.append(error)
+                        batch.add(made, tallies[layer, part])
                 if progress is not None:
                     progress(turn * attention.layers + layer + 1, len(pending) * attention.layers)
     own = {"log_prob": teacher.log_prob, "accuracy": teacher.accuracy, "language": teacher.language}
@@ -189,17 +196,8 @@ def score_layers(model: Any, samples: Sequence[tuple[Sample, bool]], window: dic
             "Sizes of windows are chosen by recall and by the divergence on prose, and the probe's tasks have none; "
             "add one to probe.tasks, such as multikey_niah."
         )
-    attention = _Branches(model, window)
-    teacher, tallies = _Tally(), [_Tally() for _ in range(attention.layers)]
-    with evaluation_mode(model):
-        for chosen in _batches(samples, _room(model, 1)):
-            batch = _Batch(model, chosen)
-            batch.add(batch.teacher_logits, teacher)
-            for layer, tally in enumerate(tallies):
-                logits, errors = batch.candidates(attention, layer, [frozenset()])
-                tally.errors += errors
-                batch.add(logits[0], tally)
-    return [tally.unit(layer, None, teacher).lost for layer, tally in enumerate(tallies)]
+    _, units = score_units(model, samples, window, heads=False)
+    return [unit.lost for unit in units]
 
 
 def rank_together(

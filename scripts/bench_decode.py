@@ -141,11 +141,11 @@ class Alone(nn.Module):
 @contextlib.contextmanager
 def compiled_layers(model: Any, wanted: bool) -> Iterator[None]:
     """Let the decoder's layers be compiled ones that share their graphs, for a while."""
-    layers = layers_of(model)
-    attention = [module for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")]
     if not wanted:
         yield
         return
+    layers = layers_of(model)
+    attention = [module for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")]
     indices = [module.layer_idx for module in attention]
     for index, layer in enumerate(list(layers)):
         layers[index] = Alone(layer, index)
@@ -199,18 +199,18 @@ def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[
     ALL_ATTENTION_FUNCTIONS.register("grouped_decode", grouped_attention)
     model.set_attn_implementation("grouped_decode")
     teacher: dict[tuple[int, int], tuple[float | None, int]] = {}
-    for batch, context in itertools.product(given.batches, given.contexts):
-        cache = None
-        with compiled_layers(model, given.compile):
+    with compiled_layers(model, given.compile):
+        for batch, context in itertools.product(given.batches, given.contexts):
+            cache = None
             try:
                 cache = full_cache(model.config, batch, context, like)
                 seconds = token_seconds(model, cache, batch, context - 1, given.repeats)
                 teacher[batch, context] = seconds, tensor_bytes(cache)
             except torch.OutOfMemoryError:
                 teacher[batch, context] = None, 0
-        del cache
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            del cache
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     assert recipe.mixer is not None
     convert(model, recipe.mixer.model_dump())
     rows = []

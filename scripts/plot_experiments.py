@@ -67,10 +67,9 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
     others = "passkey 1024", "s_niah_2 1024", "s_niah_3 1024", "lambada_openai"
     panels = [*perplexities, *(name for name in others if base.get(name))]
     columns = min(3, len(panels))
-    size = 4.2 * columns, 3.6 * math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(
-        math.ceil(len(panels) / columns), columns, figsize=size, squeeze=False, layout="constrained"
-    )
+    lines = math.ceil(len(panels) / columns)
+    size = 4.2 * columns, 3.6 * lines
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, panels, strict=False):

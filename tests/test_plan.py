@@ -52,7 +52,7 @@ def short(name: str, *overrides: str) -> Recipe:
     """A packaged recipe on rows that fit the tiny teacher."""
     recipe = Recipe.from_yaml(name)
     if recipe.mixer is not None and recipe.mixer.memory.name == "retain":  # it learns from 64 queries behind a window
-        return recipe.with_overrides(["data.length=192", *(f"stages.{i}.length=192" for i in range(3)), *overrides])
+        return recipe.with_overrides(["data.length=200", *(f"stages.{i}.length=200" for i in range(3)), *overrides])
     return recipe.with_overrides([*rows_of(recipe, 64), *overrides])
 
 
@@ -144,14 +144,16 @@ def test_a_plan_counts_the_bytes_of_kept_tokens(exact, dtype: torch.dtype, cache
 
 
 def test_rows_that_teach_nothing_of_what_to_keep_are_refused(tiny_config):
-    """A token has a label once 64 queries stand behind its window."""
+    """Sinks have no label, and a token has one once 64 queries stand behind its window, as long as the stage has it."""
     words = ["mixer.memory={name: retain, slots: 8}", "mixer.combine=joint", "mixer.overlap=false", "mixer.rotary=true"]
-    words += ["mixer.window={size: 16}", "mixer.feature_map=identity", "mixer.gate=none"]
+    words += ["mixer.window={size: 16, sinks: 3}", "mixer.feature_map=identity", "mixer.gate=none"]
     stages = "stages=[{stage: transfer, tokens: 64, batch: 1}]"
-    recipe = Recipe.from_yaml("untrained").with_overrides([*words, "exact_heads=[]", "data.length=80", stages])
+    recipe = Recipe.from_yaml("untrained").with_overrides([*words, "exact_heads=[]", "data.length=83", stages])
     assert make_plan(recipe, tiny_config()).stages[0].trained
-    with pytest.raises(LinearizeError, match=r"`stages.0` learns .* rows of 79 tokens have none. Rows of 80 tokens"):
-        make_plan(recipe.with_overrides(["data.length=79"]), tiny_config())
+    with pytest.raises(LinearizeError, match=r"`stages.0` learns .* rows of 82 tokens have none. Rows of 83 tokens"):
+        make_plan(recipe.with_overrides(["data.length=82"]), tiny_config())
+    shorter = ["data.length=82", "stages.0.window=15"]
+    assert make_plan(recipe.with_overrides(shorter), tiny_config()).stages[0].trained
 
 
 def test_a_stage_window_that_the_teachers_own_makes_idle_is_an_error(tiny_config) -> None:

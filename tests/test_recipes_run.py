@@ -24,7 +24,7 @@ PAIRS = [(recipe, family) for recipe in RECIPES for family in CAUSAL if RECIPES[
 REFUSED = [(recipe, family) for recipe in RECIPES for family in CAUSAL if RECIPES[recipe].causal != CAUSAL[family]]
 SEED = 5
 LENGTH = 32
-LONG, LABELLED = 192, 96  # rows and shortest rows where a memory learns what to keep from 64 queries behind its window
+LONG = 200  # where a memory learns what to keep from 64 queries behind its window
 
 
 def rotation(seed: int) -> list[tuple[str, str]]:
@@ -44,7 +44,7 @@ def retains(recipe: Recipe) -> bool:
 
 def rows_of(recipe: Recipe, length: int) -> list[str]:
     """Overrides for rows of `length` tokens, a stage's own ones as much shorter as its recipe has them."""
-    least = LABELLED if retains(recipe) else 8
+    least = length if retains(recipe) else 8
     own = {index: stage.length for index, stage in enumerate(recipe.stages) if stage.length is not None}
     shorter = {index: max(least, each * length // recipe.data.length) for index, each in own.items()}
     return [f"data.length={length}", *(f"stages.{index}.length={each}" for index, each in shorter.items())]
@@ -83,10 +83,11 @@ def test_ls_shows_every_recipe_part_and_family(capsys) -> None:
 @pytest.mark.parametrize(("recipe", "family"), PAIRS)
 def test_a_recipe_plans_for_every_family_that_it_fits(tiny_config, recipe, family) -> None:
     config = tiny_config(family, num_hidden_layers=8)
-    plan = make_plan(small(RECIPES[recipe]), config)
+    recipe = RECIPES[recipe]
+    plan = make_plan(recipe.with_overrides(rows_of(recipe, length_of(recipe))), config)
     converted = [layer.index for layer in plan.layers if layer.kind == "converted"]
-    assert converted == converted_layers(RECIPES[recipe], config)
-    assert (RECIPES[recipe].mixer is None) == (converted == [])
+    assert converted == converted_layers(recipe, config)
+    assert (recipe.mixer is None) == (converted == [])
     assert all(stage.trained for stage in plan.stages)
 
 

@@ -23,6 +23,19 @@ QUERIES = 64  # which must stand behind the window for a token to have a label
 BLOCK = 128
 
 
+def labelled_rows(mixer: Any, window: int) -> int:
+    """Return from how many tokens on a document has one with a label: its sinks, a window and the queries behind it.
+
+    Args:
+        mixer: of a converted layer.
+        window: its length as the stage trains.
+
+    Returns:
+        0 where the mixer has no scores to learn.
+    """
+    return mixer.sinks + window + QUERIES if isinstance(mixer.memory, RetainMemory) else 0
+
+
 def retains(student: LinearizedAttention) -> bool:
     """Whether a layer's mixer has scores to learn."""
     return student.mixer is not None and isinstance(student.mixer.memory, RetainMemory)

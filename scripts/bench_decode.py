@@ -88,8 +88,8 @@ def full_cache(config: Any, batch: int, context: int, like: Tensor) -> Cache:
 
 
 @torch.no_grad()
-def token_seconds(model: Any, cache: Any, batch: int, position: int, repeats: int) -> float:
-    """Median time of one greedy token, replayed from a CUDA graph on a GPU."""
+def one_token(model: Any, cache: Any, batch: int, position: int) -> Callable[[], None]:
+    """One greedy token, ready to be replayed from a CUDA graph on a GPU."""
     device = next(model.parameters()).device
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
     places = torch.full((batch, 1), position, device=device)
@@ -98,28 +98,58 @@ def token_seconds(model: Any, cache: Any, batch: int, position: int, repeats: in
         out = model(input_ids=token, position_ids=places, past_key_values=cache, use_cache=True)
         token.copy_(out.logits[:, -1:].argmax(-1))
 
-    run: Callable[[], None] = step
-    if device.type == "cuda":
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+    if device.type != "cuda":
+        return torch.no_grad()(step)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             step()
-        run = graph.replay
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def seconds_of(run: Callable[[], None], repeats: int) -> float:
+    """Median time of one token."""
     times = []
     for _ in range(repeats + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         began = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - began)
     return median(times[3:])
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def print_kernels(title: str, run: Callable[[], None]) -> None:
+    """Print what one token's kernels take by name, and the time in which none ran before them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        synchronize()
+    spans = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels: dict[str, list[float]] = {}
+    end = None
+    for span in sorted(spans, key=lambda e: e.time_range.start):
+        begins, ends = span.time_range.start, span.time_range.end
+        entry = kernels.setdefault(span.name, [0, 0.0, 0.0])
+        entry[0] += 1
+        entry[1] += ends - begins
+        entry[2] += 0.0 if end is None else begins - end
+        end = ends if end is None else max(end, ends)
+    rows = sorted(kernels.items(), key=lambda kernel: -kernel[1][1] - kernel[1][2])
+    busy, idle = (sum(entry[i] for entry in kernels.values()) / 1e3 for i in (1, 2))
+    print(f"{title}: {busy:.3f} ms in {len(spans)} kernels, {idle:.3f} ms between them")
+    for name, (count, microseconds, before) in rows[:20]:
+        print(f"{microseconds / 1e3:8.3f} ms, {before / 1e3:.3f} before them, {count:4.0f} x {name[:100]}")
 
 
 class Alone(nn.Module):
@@ -204,8 +234,11 @@ def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[
             cache = None
             try:
                 cache = full_cache(model.config, batch, context, like)
-                seconds = token_seconds(model, cache, batch, context - 1, given.repeats)
-                teacher[batch, context] = seconds, tensor_bytes(cache)
+                run = one_token(model, cache, batch, context - 1)
+                teacher[batch, context] = seconds_of(run, given.repeats), tensor_bytes(cache)
+                if given.profile:
+                    print_kernels(f"teacher, batch {batch}, context {context:,}", run)
+                del run
             except torch.OutOfMemoryError:
                 teacher[batch, context] = None, 0
             del cache
@@ -217,7 +250,10 @@ def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[
     for batch in given.batches:
         cache = student_cache(model, batch)
         with compiled_layers(model, given.compile):
-            mine, state = token_seconds(model, cache, batch, PROMPT, given.repeats), tensor_bytes(cache)
+            run = one_token(model, cache, batch, PROMPT)
+            mine, state = seconds_of(run, given.repeats), tensor_bytes(cache)
+            if given.profile:
+                print_kernels(f"student, batch {batch}", run)
         for context in given.contexts:
             theirs, kv = teacher[batch, context]
             roofline = (weights + kv) / (weights + 2 * state)
@@ -248,11 +284,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 16384, 32768, 65536])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--compile", action="store_true", help="compile the decoder's layers of both")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a token")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, help="keep so many layers, to try the script")
     parser.add_argument("--csv")
     given = parser.parse_args()
     device = torch.device(given.device)
+    if given.profile and device.type != "cuda":
+        parser.error("--profile needs a GPU")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(given.model, device, dtype, given.layers)
     torch._dynamo.config.recompile_limit = 64  # batches, contexts, and a first token that is not yet in the cache

@@ -24,7 +24,7 @@ from linearize.recipe_stages import TRAINED_PROJECTIONS, AnyStage, Distill, Tran
 from linearize.registry import families
 from linearize.stages.adapters import attention_targets, lora_targets
 from linearize.stages.retention import QUERIES, labelled_rows
-from linearize.stages.speed import PASSES
+from linearize.stages.speed import pays
 from linearize.stream_plan import available_memory, check_streamed, transfer_alone
 from linearize.weights import empty_model
 
@@ -310,10 +310,12 @@ def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
     assert asked.cache is not None
     none, one = (_share_of(recipe, config, dtype, pairs) for pairs in ([], [(layers[0], 0)]))
     if none > asked.cache:
+        rest = config.num_hidden_layers - len(layers)
         raise LinearizeError(
             f"`exact_heads.cache` is {asked.cache:.1%} of the teacher's cache at {BUDGET_CONTEXT:,} tokens, and "
-            f"without any exact head this recipe's has {none:.1%} already, in {str(dtype).removeprefix('torch.')}. "
-            "Take a smaller window or memory, or a larger share."
+            f"without any exact head this recipe's has {none:.1%} already, in {str(dtype).removeprefix('torch.')}"
+            + (f", with the {rest} layers that stay as they are" if rest else "")
+            + ". Take a smaller window or memory, or a larger share."
         )
     return heads if one <= none else min(heads, int((asked.cache - none) / (one - none) + 1e-9))
 
@@ -539,9 +541,8 @@ def _stage(
     weights = Weights.of(network, layers_of(network))
     rows = (stage.micro_batch or stage.batch) * length
     passes = steps * -(-stage.batch * length // rows)
-    each = token_bytes(
-        stage, network.config, dtype, max(mixers.values(), key=_window_of, default=None), passes >= PASSES
-    )
+    compiled = pays(network.get_decoder(), passes, stage.tokens)
+    each = token_bytes(stage, network.config, dtype, max(mixers.values(), key=_window_of, default=None), compiled)
     logits = logit_bytes(stage, network.config, dtype, rows)
     copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
     launches = {

@@ -236,6 +236,9 @@ def test_a_cache_budget_buys_heads(budget: float, dtype: str, heads: int, cache:
 def test_a_budget_that_the_rest_of_the_cache_exceeds(tiny_config) -> None:
     with pytest.raises(LinearizeError, match=r"1\.0%.*3\.\d% already, in float32.*smaller window"):
         make_plan(short("untrained", "exact_heads.cache=1%"), tiny_config(), dtype=torch.float32)
+    local = tiny_config("gemma3_text", num_hidden_layers=3, layer_types=["sliding_attention"] * 2 + ["full_attention"])
+    with pytest.raises(LinearizeError, match=r"already, in float32, with the 2 layers that stay as they are\. Take"):
+        make_plan(short("untrained", "exact_heads.cache=1%"), local, dtype=torch.float32)
     plan = make_plan(short("untrained", "exact_heads.cache=4%"), tiny_config(), dtype=torch.float32)
     assert plan.exact_heads == 0
     plan = make_plan(short("untrained", "exact_heads.cache=99%"), tiny_config(), dtype=torch.bfloat16)

@@ -85,7 +85,8 @@ class FinetuneRunner(StageRunner):
         if self.settings.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         passes = 0 if self.run.processes.sharded else self.passes()  # layers that gather their weights stay as they are
-        self.decoder = FastDecoder(model, passes, graph=not self.settings.gradient_checkpointing)
+        tokens = self.settings.tokens // self.run.processes.count
+        self.decoder = FastDecoder(model, passes, tokens, graph=not self.settings.gradient_checkpointing)
         return trained
 
     def shrink(self) -> None:

@@ -1,7 +1,8 @@
-"""Less host time for long stages on a GPU: compiled decoder layers, and a small model's passes as CUDA graphs.
+"""Less time for long stages on a GPU: compiled decoder layers, and a small model's passes as CUDA graphs.
 
-A pass of a small model is thousands of launches, which take the host longer than the GPU. Compiling makes them fewer;
-a graph replays them all at once. Neither pays for a short stage, since both take half a minute to make.
+A pass of a small model is thousands of launches, which take the host longer than the GPU. Compiling makes them fewer,
+and spares the GPU of a larger model memory traffic; a graph replays them all at once. Neither pays for a short stage,
+since both take half a minute to make.
 
 Legend: B rows, T tokens a row.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from linearize.modeling.classes import layers_of, packed_inputs
 
 PASSES = 300  # of a stage, from which on making them pays
+WORK = 3e15  # or its tokens times the model's parameters: about as long on an H100 as making them takes
 VARIANTS = 4  # graphs of a layer: of each stage's rows, with and without gradients
 GRAPHED = 2_000_000_000  # parameters up to which the host is the slower side
 
@@ -36,9 +38,19 @@ def decoder_states(decoder: Any, input_ids: Tensor, position_ids: Tensor) -> Ten
     return states
 
 
-def _pays(model: nn.Module, passes: int) -> bool:
-    """Whether a stage is worth what compiling and capturing take."""
-    return next(model.parameters()).device.type == "cuda" and passes >= PASSES
+def _on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"
+
+
+def pays(decoder: nn.Module, passes: int, tokens: int) -> bool:
+    """Return whether a stage is worth what compiling its layers takes on a GPU.
+
+    Args:
+        decoder: that trains, its weights anywhere.
+        passes: forward and backward passes of the stage; 0 where layers cannot be compiled.
+        tokens: of all passes.
+    """
+    return passes >= PASSES or (passes > 0 and tokens * sum(p.numel() for p in decoder.parameters()) >= WORK)
 
 
 class _Decoder(nn.Module):
@@ -57,18 +69,19 @@ class FastDecoder:
 
     Args:
         model: the student, with adapters in and parameters marked as trained or not.
-        passes: forward and backward passes that the stage will make.
+        passes: forward and backward passes that the stage will make; with 0, the decoder stays as it is.
+        tokens: of all passes.
         graph: capture the pass, where the model is small.
     """
 
-    def __init__(self, model: Any, passes: int, graph: bool = True) -> None:
+    def __init__(self, model: Any, passes: int, tokens: int = 0, graph: bool = True) -> None:
         self.decoder = model.get_decoder()
         self.layers: list[nn.Module] = []
         self.trained: list[nn.Parameter] = []
         self.graphed: Any = None
         self.shape: torch.Size | None = None
         self.limits = contextlib.ExitStack()
-        if not _pays(model, passes):
+        if not _on_gpu(model) or not pays(self.decoder, passes, tokens):
             self.captures = False
             return
         self.layers = list(layers_of(model))

@@ -76,11 +76,25 @@ def test_a_replayed_pass_leaves_the_gradients_of_an_eager_one(stage, mixer, make
             assert apart < 2e-3, (name, float(apart))
 
 
+@pytest.mark.parametrize(
+    ("passes", "tokens", "compiled"),
+    [(299, 10, False), (300, 10, True), (1, 2 * 10**9, True), (1, 10**9, False), (0, 2 * 10**9, False)],
+)
+def test_a_stage_is_compiled_for_many_passes_or_for_much_work(passes, tokens, compiled, make_run, monkeypatch) -> None:
+    model = make_run(Mixer.model_validate({"window": {"size": 4}, "combine": "window_only"})).model
+    monkeypatch.setattr(speed, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(speed, "WORK", 1.5e9 * sum(p.numel() for p in model.get_decoder().parameters()))
+    decoder = speed.FastDecoder(model, passes, tokens, graph=False)
+    assert bool(decoder.layers) == compiled
+    decoder.close()
+
+
 def test_layers_that_differ_are_all_compiled(make_run, monkeypatch) -> None:
     windows = list(range(2, 14))
     mixer = {"window": {"size": windows, "sinks": 2}, "combine": "window_only"}
     model = make_run(Mixer.model_validate(mixer), num_hidden_layers=len(windows)).model
-    monkeypatch.setattr(speed, "_pays", lambda *_: True)
+    monkeypatch.setattr(speed, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(speed, "PASSES", 1)
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()

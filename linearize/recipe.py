@@ -80,7 +80,7 @@ class Probe(Strict):
         lengths: tokens of a sample; 2, 4 and 8 windows (256 at least) by default, up to `data.length`. Of several sizes
             of windows the smallest counts, under which heads are scored.
         samples: of each task and length.
-        file: a probe.json of `linearize probe`; scored anew without it.
+        file: a probe.json of `linearize probe`, whose tasks, lengths and samples count then; scored anew without it.
     """
 
     tasks: list[str] = Field(["passkey", "multikey_niah"], min_length=1)

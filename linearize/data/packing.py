@@ -114,7 +114,7 @@ def cut(rows: PackedRows, length: int) -> PackedRows:
     """
     if length == rows.length:
         return rows
-    ids, positions, labels = (tensor.view(-1, length) for tensor in rows.tensors().values())
+    ids, positions, labels = (tensor.reshape(-1, length) for tensor in rows.tensors().values())
     positions = torch.minimum(positions, torch.arange(length, dtype=positions.dtype))
     if not rows.masked:
         labels = labels.masked_fill(positions == 0, IGNORE)

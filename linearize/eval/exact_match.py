@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from linearize.data.readers import read_file
 from linearize.errors import LinearizeError
+from linearize.eval.generation import GREEDY
 from linearize.eval.logits import evaluation_mode
 from linearize.eval.recall import wilson
 from linearize.eval.task_data import find_file
@@ -196,11 +197,7 @@ def continuations(
         out = model.generate(
             input_ids=tokens,
             attention_mask=mask,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
+            **GREEDY,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             stopping_criteria=StoppingCriteriaList([ended]),

@@ -8,6 +8,17 @@ from transformers import PreTrainedTokenizerBase
 
 from linearize.eval.logits import evaluation_mode
 
+# What a checkpoint's own generation settings may say otherwise.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
 
 def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int = 64) -> str:
     """Return the model's greedy continuation of a prompt, without the prompt; an encoder's is one word, for a mask.
@@ -30,11 +41,7 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_
     with evaluation_mode(model):
         tokens = model.generate(
             **inputs,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            num_beams=1,
+            **GREEDY,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
         )

@@ -247,6 +247,9 @@ def _sample(
     values = [_value(kind, rng) for _ in keys]
     depths = [depth] if kind.needles == 1 else [rng.random() for _ in keys]
     asked = sorted(rng.sample(range(kind.needles), kind.queries))
+    start, end = task.depths
+    for index in asked:
+        depths[index] = start + (end - start) * depths[index]
     depths[asked[0]] = depth
     facts = [wording.fact.format(key=key, value=value, **words) for key, value in zip(keys, values, strict=True)]
     needles = [(at, _encode(tokenizer, f" {fact}")) for at, fact in zip(depths, facts, strict=True)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from linearize import checkpoint
 from linearize.data import Corpus, PackedRows, batches, rows_seen
+from linearize.data.packing import cut
 from linearize.interrupt import Signals, Stopped
 from linearize.processes import Processes
 from linearize.recipe_stages import Stage
@@ -109,7 +110,12 @@ class StageRunner(ABC):
         seen = rows_seen(rows, settings.batch, self.seed, settings.steps(rows.length))
         if settings.optimizer.schedule != "plateau":
             return seen
-        return seen.joined(self.run.corpus.held_out[:PLATEAU_ROWS])
+        return seen.joined(self.held_out())
+
+    def held_out(self) -> PackedRows:
+        """Return the rows of the stage's held-out loss, as long as those that it trains on."""
+        corpus = self.run.corpus
+        return cut(corpus.held_out[:PLATEAU_ROWS], corpus.train.length)
 
     def passes(self) -> int:
         """Return how many forward and backward passes the stage makes."""
@@ -320,7 +326,7 @@ class Steps:
         """Make one step; return whether the stage goes on, and the step's record."""
         began = time.monotonic()
         runner, progress, settings = self.runner, self.progress, self.runner.settings
-        processes, held_out = runner.run.processes, runner.run.corpus.held_out[:PLATEAU_ROWS]
+        processes = runner.run.processes
         torch.manual_seed(runner.seed + progress.step)
         progress.schedule(step, self.each)
         batch = runner.batch(next(source))
@@ -334,7 +340,7 @@ class Steps:
         if progress.spikes.too_many:
             where = diagnose(runner, batch, losses, norms)
             raise progress.spikes.error(self.name, progress.step + 1, self.saves.words, where)
-        progress.advance(lambda: processes.agreed(runner.held_out_loss(held_out)), fit)
+        progress.advance(lambda: processes.agreed(runner.held_out_loss(runner.held_out())), fit)
         more = runner.after_step(progress.step)
         spent = time.monotonic() - began
         progress.seconds += spent

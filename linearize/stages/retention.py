@@ -48,11 +48,11 @@ def retention_loss(
     position_embeddings: tuple[Tensor, Tensor] | None,
     context: SequenceContext,
 ) -> Tensor:
-    """Return the mean binary cross-entropy of the scores with whether the teacher comes back to a token.
+    """Return the binary cross-entropy of the scores with whether the teacher comes back to a token, mean over rows.
 
     It does if some query at least a window later, of any query head of the KV head, gives the token more than a tenth
     of its attention. Sinks, which never enter the memory, and tokens with fewer than 64 such queries in their document
-    have no label.
+    have no label. A row's loss is the mean over its labels, 0 without any.
 
     Args:
         teacher: the attention that was replaced.
@@ -74,8 +74,8 @@ def retention_loss(
     with torch.autocast(x.device.type, enabled=False):
         logits = mixer.memory.logits(x).float()
         loss = F.binary_cross_entropy_with_logits(logits, (largest > ATTENDED).float(), reduction="none")
-        mean: Tensor = (loss * known).sum() / known.sum().clamp(min=1)
-    return mean
+        means: Tensor = (loss * known).sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
+    return means.mean()
 
 
 @torch.no_grad()

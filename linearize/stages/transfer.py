@@ -317,7 +317,7 @@ class TransferRunner(StageRunner):
         """Stop the layers whose held-out loss has not fallen for too long; return whether any still trains."""
         if self.settings.patience is None or step % base.PLATEAU_STEPS:
             return True
-        losses = self.run.processes.agreed(self._held_out(self.run.corpus.held_out[: base.PLATEAU_ROWS]))
+        losses = self.run.processes.agreed(self._held_out(self.held_out()))
         for index, loss in losses.items():
             layer, (best, waited) = self.layers[index], self.patience.get(index, (float("inf"), 0))
             if layer.stopped:

@@ -23,6 +23,8 @@ def test_the_sample_is_the_greedy_continuation():
         )
     ).train()
     model.generation_config.do_sample = True
+    model.generation_config.repetition_penalty = 9.0
+    model.generation_config.no_repeat_ngram_size = 1
 
     ids = tokenizer("w3 w4", return_tensors="pt").input_ids
     for _ in range(6):

@@ -45,6 +45,15 @@ def test_the_fact_stands_at_its_depth(byte_tokenizer):
         assert prompt.index(answer.strip()) / len(prompt) == pytest.approx(sample.depth, abs=0.04)
 
 
+def test_all_facts_that_are_asked_for_stand_between_the_depths(byte_tokenizer):
+    samples = make_samples(RecallTask("mqar", 4000, 8, split="probe", depths=(0.1, 0.4)), byte_tokenizer)
+    for sample in samples:
+        prompt = byte_tokenizer.decode(sample.prompt_ids)
+        values = re.findall(rf"\d{{{TASKS['mqar'].digits}}}", byte_tokenizer.decode(sample.answer_ids))
+        assert len(values) == TASKS["mqar"].queries
+        assert all(0.06 < prompt.index(value) / len(prompt) < 0.44 for value in values)
+
+
 def test_the_seed_decides(byte_tokenizer):
     def make(**changes):
         return make_samples(RecallTask(**{"name": "mqar", "length": LENGTH, "count": 3, **changes}), byte_tokenizer)

@@ -374,6 +374,24 @@ def test_learning_rates() -> None:
     assert {learning_rate(constant, step, 100) for step in range(100)} == {1.0}
 
 
+@pytest.mark.parametrize("settings", [Finetune(), Distill(train_mixer=True, cache=True, top_k=4), Transfer()])
+def test_the_held_out_rows_of_a_plateau_are_as_long_as_the_stages(settings, make_run, corpus, monkeypatch) -> None:
+    monkeypatch.setattr("linearize.stages.base.PLATEAU_STEPS", 1)
+    lengths: set[int] = set()
+    run = make_run(LIGER)
+    run.corpus = corpus.with_length(24)
+
+    def note(module, args, given) -> None:
+        rows, length = (*args, given.get("input_ids"))[0].shape
+        if rows > 1:  # merging adapters is judged on one
+            lengths.add(length)
+
+    run.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    update = {"tokens": 24 * 4 * 3, "batch": 4, "optimizer": Optimizer(lr=1e-3, schedule="plateau", warmup=0.0)}
+    run_stage(settings.model_copy(update=update), run, settings.stage)
+    assert lengths == {24}
+
+
 def test_a_plateau_lowers_the_rate_and_survives_a_restart(make_run, monkeypatch) -> None:
     monkeypatch.setattr("linearize.stages.base.PLATEAU_STEPS", 1)
     monkeypatch.setattr("linearize.stages.base.SAVE_SECONDS", 0.0)

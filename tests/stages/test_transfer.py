@@ -355,6 +355,24 @@ def test_retention_scores_learn_what_the_teacher_attends_to_behind_the_window(ma
         assert losses[index] - mean_square == pytest.approx(entropy, rel=1e-3)
 
 
+def test_how_a_batch_is_cut_does_not_change_what_retention_scores_learn(make_run, long_corpus) -> None:
+    """Of four rows the first has long documents, the last only short ones, without a label."""
+    rows = long_corpus.train
+    places = torch.stack([torch.arange(260) % length for length in (260, 130, 100, 26)]).int()
+    rows = PackedRows(rows.input_ids, places, torch.where(places == 0, -100, rows.input_ids))
+
+    def gradients(micro: int) -> dict[str, torch.Tensor]:
+        runner = TransferRunner(Transfer(batch=4), make_run(Mixer.model_validate(RETAIN)))
+        trained = runner.prepare()
+        base._accumulate(runner, rows, micro)
+        return {name: parameter.grad for name, parameter in trained.items()}
+
+    whole = gradients(4)
+    for micro in (1, 2):
+        for name, gradient in gradients(micro).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-7)
+
+
 def test_transfer_lowers_the_loss_of_retention_scores(make_run, long_corpus) -> None:
     run = make_run(Mixer.model_validate(RETAIN))
     run.corpus = long_corpus

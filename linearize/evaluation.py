@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from linearize import workspace
+from linearize import workspace, yaml_io
 from linearize.api import check_device, check_dtype, load
 from linearize.checkpoint import write_text
 from linearize.data import PackedRows
@@ -28,7 +29,8 @@ from linearize.eval.tally import paired_difference
 from linearize.eval.text import EvaluationText, evaluation_text, held_out_text
 from linearize.eval.zero_shot import check_tasks
 from linearize.modeling import auto_class
-from linearize.recipe import Recipe
+from linearize.modeling.classes import family_of
+from linearize.recipe import Data, Recipe
 from linearize.report import card_is_ours, draw_png, evaluation_page, refresh_pages
 from linearize.report.table import Cells
 from linearize.teacher import load_teacher, resolve
@@ -38,6 +40,8 @@ UNFINISHED = "unfinished.json"
 FIGURES = ("perplexity", "recall", "cost")
 ANSWERED = ("memory zeroed",)
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
+HOLDS_OUT = ("source", "split", "format", "length", "held_out", "streaming")
+"""What of a recipe's `data` decides which documents are held out."""
 
 Watch = Callable[[str], None]
 
@@ -67,7 +71,8 @@ def evaluate_folder(
         folder: what `linearize` wrote.
         suite: `quick`, `paper` or `full`.
         against: the teacher, as for `--model`; the run's own by default, `none` leaves it out.
-        controls: folders of other runs to stand beside it, such as the softmax control's.
+        controls: folders of other runs to stand beside it, such as the softmax control's: of the same teacher and,
+            unless `data` is given, with the same documents held out.
         data: texts to measure on: `wikitext2`, files, folders or hub ids; the run's own held-out documents by default.
         task_data: folder with local files of the tasks; the Hub by default.
         device: where to run; the first GPU by default, else the CPU.
@@ -84,7 +89,7 @@ def evaluate_folder(
     Raises:
         LinearizeError: something given does not work; the message says what to change.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     began, tell = time.time(), watch or (lambda words: None)
     path = Path(folder)
@@ -101,6 +106,10 @@ def evaluate_folder(
     answers = _task_folder(task_data, chosen)
     check_tasks(chosen.tasks)
     kept = [_control(Path(control)) for control in controls]
+    for control, _ in kept:
+        _same_teacher(path, control)
+        if not data:
+            _same_held_out(path, control)
     names = _row_names([path, *(control for control, _ in kept)])
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = _texts(recipe, tokenizer, settings["seed"], chosen, [data] if isinstance(data, str) else data, sizes)
@@ -114,6 +123,9 @@ def evaluate_folder(
         "models": [_identity(place) for place in (against or settings["model"], path, *(folder for folder, _ in kept))],
     }
     bench = Bench(chosen, texts, tokenizer, seed, answers, tokens, Kept(report / UNFINISHED, depends))
+    context = _learned_positions(AutoConfig.from_pretrained(path))
+    if context is not None:
+        bench.check_context(context)
     if bench.kept.rows:
         tell(f"going on: {len(bench.kept.rows)} parts are in {bench.kept.path}")
     found: list[Measured] = []
@@ -211,6 +223,67 @@ def _control(path: Path) -> tuple[Path, str]:
     if not (path / "config.json").is_file():
         raise LinearizeError(f"--control: there is no model in {path} (no config.json). Give the folder of a run.")
     return path, str(workspace.locked_settings(path)["recipe"].get("name", "unnamed"))
+
+
+def _same_teacher(path: Path, control: Path) -> None:
+    """Raise unless a control was made from the student's teacher, told by its weights' sha256 where both runs noted it.
+
+    Raises:
+        LinearizeError: it was made from another.
+    """
+    own, other = (_locked_teacher(folder) for folder in (path, control))
+    by = ("sha256",) if own["sha256"] and other["sha256"] else ("model", "revision")
+    if any(own[key] != other[key] for key in by):
+        both = (", ".join(f"{key} {one[key]}" for key in dict.fromkeys(("model", *by))) for one in (own, other))
+        words = " and ".join(f"{folder} ({of})" for folder, of in zip((path, control), both, strict=True))
+        raise LinearizeError(
+            f"--control {control}: its teacher is another than the student's: {words}. Give a control that was made "
+            "from the student's teacher."
+        )
+
+
+def _locked_teacher(folder: Path) -> dict[str, Any]:
+    """What a run's lock file says of its teacher: model, revision, and sha256 by file, empty where it is not known."""
+    settings = workspace.locked_settings(folder)
+    noted = (yaml_io.read(folder / workspace.LOCK).get("provenance") or {}).get("teacher") or {}
+    revision = noted.get("revision") or settings.get("revision")
+    return {"model": _absolute(settings["model"]), "revision": revision, "sha256": noted.get("sha256") or {}}
+
+
+def _absolute(source: Any) -> Any:
+    """A source, or a list of them, with local paths spelt alike."""
+    if isinstance(source, list):
+        return [_absolute(one) for one in source]
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _same_held_out(path: Path, control: Path) -> None:
+    """Raise where a control may have been trained on documents that the student held out.
+
+    Raises:
+        LinearizeError: their recipes' data differ in what decides which documents these are.
+    """
+    recipes = [workspace.locked_settings(folder)["recipe"] for folder in (path, control)]
+    if not recipes[1].get("stages"):  # it was not trained at all
+        return
+    own, other = ({**Data().model_dump(), **recipe.get("data", {})} for recipe in recipes)
+    for one in (own, other):
+        one["source"] = _absolute(one["source"])
+    changed = [f"data.{key} is {own[key]} and {other[key]}" for key in HOLDS_OUT if own[key] != other[key]]
+    if changed:
+        raise LinearizeError(
+            f"--control {control} may have been trained on documents that {path} held out: {'; '.join(changed)}. Give "
+            "text that neither was trained on with --data, or a control that was made with the same data."
+        )
+
+
+def _learned_positions(config: Any) -> int | None:
+    """How many tokens a model has learned positions for; None where it has no such end."""
+    family = family_of(config)
+    if family.rotates(nn.Module()):
+        return None
+    return int(config.max_position_embeddings) - int(family.first_position(config))
 
 
 def _row_names(folders: Sequence[Path]) -> dict[Path, str]:

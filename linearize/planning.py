@@ -183,6 +183,7 @@ def make_plan(
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     checkpoint = max((stage.trained for stage in stages), default=0) * 12
     answers = sum(_kept_bytes(stage, stage.row_length(recipe.data.length)) for _, stage in recipe.schedule())
+    ended = sum(_ended_bytes(recipe, i, network, mixers) for i in range(len(recipe.schedule())))
     states = streamed.states if streamed is not None and streamed.on_disk else 0
     undecided = isinstance(asked.exact_heads, ExactHeads)
     shown = recipe.model_copy(update={"exact_heads": []}) if undecided else recipe
@@ -195,7 +196,7 @@ def make_plan(
         parameters=parameters,
         mixer_parameters=_count(p for mixer in mixers.values() for p in mixer.parameters()),
         memory=max([stage.memory for stage in stages], default=weights),
-        disk=weights + 2 * checkpoint + answers + SMALL_FILES + states,
+        disk=weights + 2 * checkpoint + ended + answers + SMALL_FILES + states,
         cache={c: _cache_bytes(recipe, config, mixers, c, dtype) for c in CONTEXTS} if family.causal else {},
         exact_heads=len(_pairs(recipe)),
         cache_share=_cache_share(recipe, config, mixers, dtype) if family.causal else 1.0,
@@ -225,8 +226,13 @@ def resolve_heads(recipe: Recipe, scores: ProbeScores, config: PretrainedConfig,
 def _with_heads(recipe: Recipe, scores: ProbeScores, count: int, converted: list[int], groups: int) -> Recipe:
     """Return the recipe with so many exact heads, and its memories in layers of which some heads are not exact."""
     chosen = choose_heads(recipe, scores, count, converted)
-    kept = [layer for layer, _ in _pairs(chosen)]
-    return choose_memories(chosen, scores, converted, {layer for layer in kept if kept.count(layer) == groups})
+    return choose_memories(chosen, scores, converted, _exact_layers(_pairs(chosen), groups))
+
+
+def _exact_layers(pairs: list[tuple[int, int]], groups: int) -> set[int]:
+    """Return the layers whose heads are all exact, which leaves nothing to a memory."""
+    kept = [layer for layer, _ in pairs]
+    return {layer for layer in kept if kept.count(layer) == groups}
 
 
 def _fill_windows(
@@ -282,12 +288,17 @@ def place_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
     probe, and windows of one size in the place of those that a budget allows.
     """
     converted = converted_layers(recipe, config)
-    if recipe.memory_choice is not None:
-        recipe = recipe.with_memories(converted[-recipe.memory_choice.count(len(converted)) :])
+    choice = recipe.memory_choice
+    if choice is not None:
+        recipe = recipe.with_memories(converted[-choice.count(len(converted)) :])
     if isinstance(recipe.exact_heads, ExactHeads):
         places = [(layer, head) for head in range(_groups(config)) for layer in converted]
         chosen = places[: count_heads(recipe, config, dtype)]
         recipe = recipe.model_copy(update={"exact_heads": chosen, "probe": Probe()})
+    if choice is not None:
+        exact = _exact_layers(_pairs(recipe), _groups(config))
+        left = [layer for layer in converted if layer not in exact]
+        recipe = recipe.with_memories(left[-choice.count(len(converted)) :])
     count = config.num_hidden_layers
     return _fill_windows(recipe, config, dtype, lambda tokens: [tokens // max(1, len(converted))] * count)
 
@@ -323,6 +334,9 @@ def count_heads(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) ->
 def _share_of(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, pairs: list[tuple[int, int]]) -> float:
     """Return the share of the cache with these exact heads."""
     recipe = recipe.model_copy(update={"exact_heads": pairs})
+    if recipe.mixer is not None and isinstance(recipe.mixer.memory_layers, list):
+        exact = _exact_layers(pairs, _groups(config))
+        recipe = recipe.with_memories([layer for layer in recipe.mixer.memory_layers if layer not in exact])
     network = empty_model(config, dtype)
     with torch.device("meta"):
         mixers = _convert(recipe, network)
@@ -521,10 +535,7 @@ def _stage(
 ) -> StagePlan:
     turn, stage = recipe.schedule()[index]
     if recipe.mixer is not None:
-        layers = converted_layers(recipe, network.config)
-        first = turn if isinstance(stage, Transfer) else 0
-        joined = [layer for earlier in range(first, turn + 1) for layer in recipe.joining(layers, earlier)]
-        mixers = {layer: mixer for layer, mixer in mixers.items() if layer in joined}
+        mixers = _joined(recipe, network.config, mixers, range(turn if isinstance(stage, Transfer) else 0, turn + 1))
     trained = _trained(stage, network, mixers)
     if not trained:
         raise LinearizeError(
@@ -541,18 +552,30 @@ def _stage(
     weights = Weights.of(network, layers_of(network))
     rows = (stage.micro_batch or stage.batch) * length
     passes = steps * -(-stage.batch * length // rows)
-    compiled = pays(network.get_decoder(), passes, stage.tokens)
-    each = token_bytes(stage, network.config, dtype, max(mixers.values(), key=_window_of, default=None), compiled)
+    watched = isinstance(stage, Distill) and stage.hidden > 0  # such layers are not compiled, nor are sharded ones
+    compiled = pays(network.get_decoder(), 0 if watched else passes, stage.tokens)
+    eager, each = (
+        max(token_bytes(stage, network.config, dtype, mixer, fast) for mixer in (*mixers.values(), None))
+        for fast in (False, compiled)
+    )
     logits = logit_bytes(stage, network.config, dtype, rows)
     copied = needs_teacher_copy(recipe, network.config, index) and getattr(stage, "teacher_device", None) is None
     launches = {
-        launch: stage_memory(stage, weights, trained, each, length, logits=logits, copied=copied, launch=launch)
+        launch: stage_memory(stage, weights, trained, tokens, length, logits=logits, copied=copied, launch=launch)
         for launch in LAUNCHES
+        for tokens in [eager if launch.startswith("FSDP2") else each]
     }
     memory = launches["streamed" if stream is not None and isinstance(stage, Transfer) else "one GPU"] or 0
     if isinstance(stage, Transfer):
         memory += _transfer_bytes(stage, network.config, dtype, rows, length, streamed=stream is not None)
     return StagePlan(stage.stage, stage.tokens, steps, trained, memory, launches)
+
+
+def _joined(recipe: Recipe, config: Any, mixers: dict[int, nn.Module], turns: range) -> dict[int, nn.Module]:
+    """Return the mixers of the layers that join in these rounds."""
+    layers = converted_layers(recipe, config)
+    joined = [layer for turn in turns for layer in recipe.joining(layers, turn)]
+    return {layer: mixer for layer, mixer in mixers.items() if layer in joined}
 
 
 def _trained(stage: AnyStage, network: Any, mixers: dict[int, nn.Module]) -> int:
@@ -596,6 +619,27 @@ def _kept_bytes(stage: AnyStage, length: int) -> int:
     if not isinstance(stage, Distill) or not stage.cache:
         return 0
     return stage.steps(length) * stage.batch * length * 8 * ((stage.top_k or 0) + 1)
+
+
+def _ended_bytes(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module]) -> int:
+    """Return the bytes of what stage `index` changes, which stay on the disk until the run is published."""
+    turn, stage = recipe.schedule()[index]
+    if recipe.mixer is not None:
+        mixers = _joined(recipe, network.config, mixers, range(turn + 1))
+    own = sum(_bytes(mixer) for mixer in mixers.values())
+    family, decoder = family_of(network.config), network.get_decoder()
+    if isinstance(stage, Transfer):
+        targets = [f"{family.attention}.{t}" for t in attention_targets(family, TRAINED_PROJECTIONS[stage.train])]
+    elif stage.train == "full":
+        return own + _bytes(network)
+    elif stage.train == "attention":
+        return sum(_bytes(family.module(decoder, layer)) for layer in mixers)
+    else:
+        targets = lora_targets(network, stage.lora.targets) if stage.train == "lora" else []
+        own = own if stage.train_mixer else 0
+    named = network.named_parameters()
+    adapted = [p for name, p in named if any(f".{target}." in name for target in targets)]  # in all layers
+    return own + int(sum(p.numel() * p.element_size() for p in adapted))
 
 
 def _cache_bytes(

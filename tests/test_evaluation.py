@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from linearize import cli
+from linearize import cli, evaluation
 from linearize.api import linearize
 from linearize.errors import LinearizeError
 from linearize.evaluation import compare, evaluate_folder
@@ -223,6 +225,94 @@ def test_what_cannot_be_measured_is_refused(words, message, runs, tmp_path, caps
     filled = [word.format(liger=runs["liger"], place=tmp_path, other=other) for word in words]
     assert run("eval", runs["liger"], "--samples", "1", "--output", tmp_path / "out", *filled) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def others(runs, tmp_path_factory, save_teacher) -> dict[str, Path]:
+    """Window-only controls that are not like for like, and one that is, of a copy of the teacher."""
+    place = tmp_path_factory.mktemp("others")
+    teacher, window = runs["teacher"], "mixer.window.size=16"
+    copied = Path(shutil.copytree(teacher, place / "copied"))
+    return {
+        "teacher": make_run(save_teacher(place / "base", seed=1), "control/window-only", place / "seed", window),
+        "length": make_run(teacher, "control/window-only", place / "length", window, "data.length=64"),
+        "untrained": make_run(teacher, "control/window-only", place / "none", window, "data.length=64", "stages=[]"),
+        "copied": make_run(copied, "control/window-only", place / "same", window),
+    }
+
+
+def test_a_control_of_another_teacher_or_other_documents_is_refused(runs, others, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "load_teacher", None)  # refused before anything is loaded
+    (tmp_path / "a.txt").write_text("The grass is green. " * 40)
+    text = str(tmp_path / "a.txt")
+    for options in ({}, {"data": text}):
+        with pytest.raises(LinearizeError, match="its teacher is another than the student's") as error:
+            evaluate_folder(runs["liger"], controls=[others["teacher"]], output=tmp_path / "out", **options)
+        assert "sha256" in str(error.value)
+    with pytest.raises(LinearizeError, match=r"may have been trained on .*: data.length is 128 and 64\. .* --data"):
+        evaluate_folder(runs["liger"], controls=[others["length"]], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_control_that_is_like_for_like_is_measured(runs, others, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("The grass is green. " * 40)
+    sizes = {"rows": 1, "samples": 1, "recall": "none", "against": "none", "generation": False}
+    for name, data in (("copied", None), ("untrained", None), ("length", str(tmp_path / "a.txt"))):
+        length = {"length": 64} if data else {}
+        found = evaluate_folder(
+            runs["liger"], controls=[others[name]], data=data, output=tmp_path / name, **sizes, **length
+        )
+        assert others[name].name in by_name(found)
+
+
+def test_teachers_without_a_checksum_are_told_apart_by_source_and_revision(runs, tmp_path) -> None:
+    """Large local folders have none; a folder is the same one however it is spelt."""
+
+    def changed(name: str, model: str, revision: str | None) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        lock = yaml.safe_load((runs["window"] / "recipe.lock.yaml").read_text())
+        lock["settings"]["model"] = model
+        lock["provenance"]["teacher"] = {"source": model, "revision": revision, "sha256": {}}
+        (folder / "recipe.lock.yaml").write_text(yaml.safe_dump(lock))
+        return folder
+
+    teacher = runs["teacher"]
+    here = changed("here", str(teacher), None)
+    evaluation._same_teacher(here, changed("spelt", str(teacher / ".." / teacher.name), None))
+    evaluation._same_teacher(runs["liger"], here)
+    first = changed("first", "owner/name", "a" * 40)
+    for other in (changed("second", "owner/name", "b" * 40), changed("third", "owner/other", "a" * 40)):
+        with pytest.raises(LinearizeError, match="its teacher is another"):
+            evaluation._same_teacher(first, other)
+
+
+def test_what_lies_behind_learned_positions_is_refused_before_anything_loads(
+    tmp_path, save_teacher, monkeypatch
+) -> None:
+    teacher = save_teacher(tmp_path / "gpt2", "gpt2", max_position_embeddings=512)
+    out = make_run(teacher, "control/window-only", tmp_path / "run", "mixer.window.size=16", "stages=[]")
+    (tmp_path / "long.txt").write_text("The grass is green and the sky is blue. " * 60)
+    fits = {"lengths": "512", "contexts": "479", "samples": 1, "recall": "passkey", "data": str(tmp_path / "long.txt")}
+    found = evaluate_folder(out, **fits, length=512, rows=1, output=tmp_path / "fits")
+    assert by_name(found)["run"]["recall"] and by_name(found)["run"]["generation"] and by_name(found)["run"]["speed"]
+    monkeypatch.setattr(evaluation, "load_teacher", None)
+    refused = (
+        ({"lengths": "256,513"}, r"recall sample has 513 tokens .*\(--lengths 512 or less\)"),
+        ({"contexts": "480"}, r"33 tokens beyond 480 \(--contexts 479 or less\)"),
+        ({"length": 513}, r"'long' has documents of 513 tokens a row \(--length 512 or less\)"),
+        ({"lengths": "513", "contexts": "64,480"}, r"--lengths 512 .*--contexts 479"),
+    )
+    for change, message in refused:
+        with pytest.raises(LinearizeError, match=message):
+            evaluate_folder(out, **{"length": 512, "rows": 1, **fits, **change}, output=tmp_path / "out")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    row = {"question": "How many apples are left of seven?", "answer": "One of them is gone. #### 6"}
+    (tasks / "gsm8k.jsonl").write_text("\n".join([json.dumps(row)] * 7))
+    with pytest.raises(LinearizeError, match=r"gsm8k reads .* and writes 256 .*without gsm8k\.jsonl"):
+        evaluate_folder(out, **fits, length=512, rows=1, task_data=tasks, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

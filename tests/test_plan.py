@@ -8,16 +8,20 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from linearize import planning
+from linearize import checkpoint, planning
 from linearize.aliases import alias_names
+from linearize.api import stage_names
+from linearize.data import Corpus, PackedRows
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval.memory import tensor_bytes
+from linearize.head_scores import ProbeScores, UnitScore
 from linearize.modeling import auto_class
 from linearize.modeling.classes import family_of
-from linearize.planning import check_disk, make_plan
+from linearize.planning import check_disk, make_plan, resolve_heads
 from linearize.recipe import Recipe, recipe_names
 from linearize.recipe_stages import Lora
 from linearize.speeds import read_speeds
+from linearize.stages import Run, run_stage
 from linearize.stages.adapters import add_lora, lora_parameters, lora_targets
 from linearize.surgery import convert
 from linearize.teacher import load_config, resolve
@@ -245,6 +249,22 @@ def test_a_budget_that_the_rest_of_the_cache_exceeds(tiny_config) -> None:
     assert plan.exact_heads == 3
 
 
+@pytest.mark.parametrize("heads", [{"cache": 0.9}, {"keep": 7}])
+@pytest.mark.parametrize("best", [0, 7])
+def test_memories_make_way_for_exact_heads_that_fill_their_layers(heads, best: int, tiny_config) -> None:
+    config = tiny_config(num_hidden_layers=8, num_key_value_heads=1, max_position_embeddings=8192)
+    window = {"size": 16, "sinks": 4}
+    mixer = {"window": window, "memory": "additive", "memory_layers": {"keep": 0.25}}
+    recipe = Recipe.parse({"name": "r", "mixer": mixer, "exact_heads": heads}, "r")
+    assert make_plan(recipe, config, dtype=torch.bfloat16).exact_heads == 7
+    worth = [-abs(layer - best) for layer in range(8)]
+    units = tuple(UnitScore(i, head, *[float(worth[i])] * 5) for i in range(8) for head in (0, None))
+    scores = ProbeScores("m", 8, 1, window, {}, {}, units)
+    built = make_plan(resolve_heads(recipe, scores, config, torch.bfloat16), config, dtype=torch.bfloat16)
+    assert [layer.index for layer in built.layers if layer.memory] == [7 - best] and built.exact_heads == 7
+    assert built.cache_share <= heads.get("cache", 1)
+
+
 def test_a_layer_of_exact_heads_alone(tiny_config) -> None:
     plan = make_plan(short("liger", "exact_heads=[[0,0],[0,1]]"), tiny_config())
     assert (plan.layers[0].window, plan.layers[0].memory) == (0, "")
@@ -265,6 +285,40 @@ def test_lora_counts(tiny_config) -> None:
     assert full.stages[0].trained == full.parameters + full.mixer_parameters
 
 
+@pytest.mark.parametrize(
+    ("layers", "progressive", "stages"),
+    [
+        ("[1]", 1, [{"train": "qk"}, {"lora": {"targets": ["v_proj", "down_proj"]}}]),
+        ("all", 2, [{}, {"train_mixer": True}]),
+        ("[1]", 1, [{}, {"train": "mixer", "train_mixer": True}, {"train": "full"}]),
+        ("all", 2, [{"train": "qkvo"}, {"train": "attention"}]),
+    ],
+)
+def test_the_disk_holds_what_finished_stages_keep(layers, progressive, stages, random_teacher, tmp_path) -> None:
+    kinds = ["transfer", "finetune", "finetune"]
+    stages = [{"stage": kind, "tokens": 96, "batch": 2, **own} for kind, own in zip(kinds, stages, strict=False)]
+    overrides = [f"layers={layers}", f"progressive={progressive}", "data.length=48", f"stages={json.dumps(stages)}"]
+    recipe = short("liger", *overrides)
+    ids = torch.randint(3, 61, (4, 48), dtype=torch.int32)
+    rows = PackedRows(ids, torch.arange(48).int().expand(4, -1), ids)
+    model = random_teacher().to(torch.bfloat16)
+    plan = make_plan(recipe, model.config, dtype=torch.bfloat16)
+    chosen = planning.converted_layers(recipe, model.config)
+    surgery = convert(model, recipe.mixer.model_dump(), chosen, recipe.exact_heads)
+    run = Run(model, surgery, Corpus(rows, rows[:2], "", "", {}), tmp_path, 0, torch.device("cpu"), torch.bfloat16)
+    run.metrics = tmp_path / "metrics.jsonl"
+    for name, settings, turn in stage_names(recipe):
+        surgery.activate(chosen if progressive == 1 else chosen[: turn + 1])
+        run.surgery = surgery.only(recipe.joining(chosen, turn)) if settings.stage == "transfer" else surgery
+        run_stage(settings, run, name)
+    ended = [checkpoint.load(folder).tensors for folder in tmp_path.glob("*-ended")]
+    assert len(ended) == len(plan.stages)
+    weights = tensor_bytes([list(model.parameters())])
+    training = 2 * 12 * max(stage.trained for stage in plan.stages)  # the two newest checkpoints
+    kept = sum(tensor.nbytes for tensors in ended for tensor in tensors.values())
+    assert plan.disk == weights + training + kept + planning.SMALL_FILES
+
+
 def test_what_distillation_keeps_is_planned(tiny_config) -> None:
     def plan(options: str):
         recipe = short("liger", f"stages=[{{stage: distill, tokens: 6400, batch: 2{options}}}]")
@@ -277,6 +331,26 @@ def test_what_distillation_keeps_is_planned(tiny_config) -> None:
     assert kept.disk - full.disk == 6400 * 10 * 8
     assert plan(", train: full, teacher_device: cpu").memory == kept.memory
     assert plan(", hidden: 0.1").memory > plain.memory
+
+
+def test_layers_that_are_watched_or_sharded_are_planned_uncompiled(tiny_config) -> None:
+    def launches(tokens: int, options: str = "") -> dict[str, int]:
+        recipe = short("liger", f"stages=[{{stage: distill, tokens: {tokens}, batch: 2{options}}}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32).stages[0].launches
+
+    short_run, long = launches(6400), launches(6_400_000)
+    assert long["one GPU"] < short_run["one GPU"]
+    assert long["FSDP2 x2"] == short_run["FSDP2 x2"]
+    assert launches(6400, ", hidden: 0.1") == launches(6_400_000, ", hidden: 0.1")
+
+
+def test_transfer_takes_what_its_fullest_layer_takes(tiny_config) -> None:
+    def memory(memories: str) -> int:
+        parts = ["mixer.feature_map=hedgehog", "mixer.gate=none", "mixer.conv=4", f"mixer.memory_layers={memories}"]
+        recipe = short("liger", *parts, "stages=[{stage: transfer, tokens: 6400, batch: 2}]")
+        return make_plan(recipe, tiny_config(), dtype=torch.float32).stages[0].memory
+
+    assert memory("[1]") == memory("[0]")
 
 
 def test_what_transfer_keeps_is_planned(tiny_config) -> None:

@@ -55,7 +55,7 @@ def window_alone(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def memory_alone(model: nn.Module) -> Iterator[None]:
     """Make every window return zeros and see nothing: the mix of window and memory stays as it was trained."""
-    with _changed(model, before=_silence_window, needs="both"):
+    with _changed(model, before=_silence_window, needs="any"):
         yield
 
 
@@ -75,13 +75,18 @@ CONTROLS: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager[None
 
 
 def applicable(model: nn.Module) -> list[str]:
-    """Return the names of the controls that differ from the model: a mixer without a memory has none to silence."""
+    """Return the names of the controls that differ from the model and from one another.
+
+    A mixer without a memory has none to silence; where none has a window, no mixer is what a zeroed memory leaves.
+    """
     mixers = _mixers(model)
     if not mixers:
         return []
     memory = any(mixer.memory is not None for mixer in mixers)
     both = any(mixer.memory is not None and mixer.window for mixer in mixers)
-    return [*(["memory zeroed"] if memory else []), *(["window only", "memory only"] if both else []), "no mixer"]
+    window = any(mixer.window for mixer in mixers)
+    chosen = {"memory zeroed": memory, "window only": both, "memory only": both, "no mixer": window}
+    return [name for name, applies in chosen.items() if applies]
 
 
 def _mixers(model: nn.Module) -> list[TokenMixer]:

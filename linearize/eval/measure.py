@@ -25,6 +25,7 @@ from linearize.eval.zero_shot import zero_shot
 DEPTHS = 5
 GENERATION_TOKENS = 512
 HARNESS_TOKENS = 2048
+SPEED_TOKENS = 32
 
 Tell = Callable[[str], None]
 
@@ -147,6 +148,32 @@ class Bench:
         if suite.generation and task_data is not None and has_gsm8k(task_data):
             self.prompts.append(gsm8k_task(task_data, suite.samples))
 
+    def check_context(self, context: int) -> None:
+        """Raise unless everything fits models that have a learned position for so many tokens and no more.
+
+        Raises:
+            LinearizeError: something is longer; the message names each option and the longest that fits.
+        """
+        suite, over = self.suite, []
+        for text in self.texts:
+            if (longest := int(text.rows.position_ids.max()) + 1) > context:
+                over.append(f"{text.name!r} has documents of {longest} tokens a row (--length {context} or less)")
+        if suite.recall and (longest := max(suite.recall_lengths)) > context:
+            over.append(f"a recall sample has {longest} tokens with its answer (--lengths {context} or less)")
+        for task in self.prompts:
+            read = max(len(self.tokenizer.encode(prompt.text, verbose=False)) for prompt in task.prompts)
+            if read + task.new_tokens - 1 > context:  # the last token that is written is not read again
+                way = "a --task-data without gsm8k.jsonl" if task.name == "gsm8k" else "from Python, generation=False"
+                over.append(f"{task.name} reads {read} tokens and writes {task.new_tokens} ({way})")
+        room = SPEED_TOKENS + 1  # one more warms up
+        if suite.contexts and (longest := max(suite.contexts)) + room > context:
+            over.append(f"speed is measured {room} tokens beyond {longest} (--contexts {context - room} or less)")
+        if over:
+            raise LinearizeError(
+                f"The model has learned positions, {context} of them (max_position_embeddings), and cannot read what "
+                f"lies behind: {'; '.join(over)}. Change what the brackets name."
+            )
+
     def rows_at_once(self, length: int) -> int:
         """Return how many rows of a length run at once."""
         return max(1, self.tokens // length)
@@ -221,7 +248,7 @@ class Bench:
         for batch in self.suite.speed_batches if self.suite.contexts else ():
             for context in self.suite.contexts:
                 tell(f"{name}: speed at {context:,} tokens, batch {batch}")
-                found.speed.append(measure_speed(model, context, batch).row())
+                found.speed.append(measure_speed(model, context, batch, new_tokens=SPEED_TOKENS).row())
 
 
 def has_gsm8k(folder: Path) -> bool:

@@ -97,6 +97,11 @@ class ExactAttention(nn.Module):
         if self.softcap is not None:
             return self._capped(q, k, v, mask).transpose(1, 2)
         grouped = q.shape[1] != k.shape[1]
+        if grouped and mask is not None and q.shape[2] == 1:
+            # Few of SDPA's kernels take a mask beside grouped heads; a group's heads are queries of one head here.
+            rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=self.scaling)
+            return out.reshape(q.shape[0], 1, q.shape[1], q.shape[3])
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and self.causal, scale=self.scaling, enable_gqa=grouped
         )

@@ -76,6 +76,17 @@ def test_the_memory_alone_is_a_memory_only_model(random_teacher, make_mixer, par
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
+def test_the_memory_alone_silences_windows_of_layers_without_a_memory(random_teacher, make_mixer) -> None:
+    """The layer that has the window alone attends to nothing then."""
+    model = student(random_teacher, make_mixer, **MIXES["average"], memory_layers=[1])
+    without = copy.deepcopy(model)
+    without.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    with memory_alone(without):
+        expected = logits(without)
+    with memory_alone(model):
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
 def test_a_zeroed_memory_leaves_the_trained_mix(random_teacher, make_mixer) -> None:
     model = student(random_teacher, make_mixer, **MIXES["average"])
     halved = student(random_teacher, make_mixer, combine="window_only")
@@ -104,7 +115,11 @@ def test_only_controls_that_change_something_apply(random_teacher, make_mixer) -
     assert applicable(random_teacher()) == []
     assert applicable(student(random_teacher, make_mixer, combine="window_only")) == ["no mixer"]
     memory = student(random_teacher, make_mixer, combine="memory_only", window=None)
-    assert applicable(memory) == ["memory zeroed", "no mixer"]
+    assert applicable(memory) == ["memory zeroed"]  # no mixer is the same
+    with memory_silenced(memory):
+        zeroed = logits(memory)
+    with mixer_silenced(memory):
+        assert torch.equal(logits(memory), zeroed)
     assert applicable(student(random_teacher, make_mixer, **MIXES["average"])) == list(CONTROLS)
 
 

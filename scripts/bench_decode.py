@@ -5,8 +5,8 @@
 Random weights of a real shape. The teacher reads a full cache of keys and values per KV head; the query heads of a
 group are rows of one product, so nothing is repeated. The student's cache depends on the context only where it has
 exact heads; where a probe would choose them or the windows, as many are taken anywhere. The roofline is the ratio of
-bytes: weights and KV over weights and state (read, and written but for exact heads). Prints one table; what does not
-fit is said.
+bytes: weights and KV over weights and state (read, and written but for exact heads). With `--compile`, `--join` and
+`--inductor` what is compiled, and how, is the same for both. Prints one table; what does not fit is said.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch._inductor
 import torch.nn.functional as F
+import yaml
 from bench_training import random_model, report
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -34,6 +36,7 @@ from linearize.recipe import ExactHeads, Recipe
 from linearize.surgery import convert
 
 PROMPT = 160  # tokens at most that go through the student before its cache takes them for more
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 SPARE = 16  # tokens of warming up, capture and profile
 
 
@@ -155,16 +158,56 @@ def print_kernels(title: str, run: Callable[[], None]) -> None:
         print(f"{microseconds / 1e3:8.3f} ms, {before / 1e3:.3f} before them, {count:4.0f} x {name[:100]}")
 
 
+class Joined(nn.Module):
+    """Several projections of one input as one product: the first asked for makes it, the others take their part."""
+
+    def __init__(self, parts: list[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([part.weight.data for part in parts]), requires_grad=False)
+        self.out: Tensor | None = None
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        """Project x [..., in] to all channels, or return what was made last."""
+        if x is not None:
+            self.out = F.linear(x, self.weight)
+        assert self.out is not None
+        return self.out
+
+
+class Part(nn.Module):
+    """Some channels of a joined projection."""
+
+    def __init__(self, joined: Joined, first: int, size: int) -> None:
+        super().__init__()
+        self.joined, self.first, self.size = joined, first, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project x [..., in] to [..., size]."""
+        return self.joined(None if self.first else x)[..., self.first : self.first + self.size]
+
+
+def join_projections(model: Any) -> None:
+    """Make q, k and v of every layer, which are asked for in this order, one product."""
+    for layer in layers_of(model):
+        parts = [getattr(layer.self_attn, name) for name in PROJECTIONS]
+        if any(part.bias is not None for part in parts):
+            raise SystemExit("--join knows no biases")
+        joined, first = Joined(parts), 0
+        for name, part in zip(PROJECTIONS, parts, strict=True):
+            setattr(layer.self_attn, name, Part(joined, first, len(part.weight)))
+            first += len(part.weight)
+
+
 class Alone(nn.Module):
     """A decoder layer, compiled, that sees its own part of the cache alone, as the first of one.
 
     A layer finds its cache by its index, which makes every layer's graph another one; so all share one.
     """
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: nn.Module, index: int, options: dict[str, Any]) -> None:
         super().__init__()
         self.layer, self.index = layer, index
-        self.run = torch.compile(layer)
+        self.run = torch.compile(layer, options=options)
 
     def forward(self, *args: Any, past_key_values: Cache, **kwargs: Any) -> Any:
         """Run the layer on what it has cached."""
@@ -172,7 +215,7 @@ class Alone(nn.Module):
 
 
 @contextlib.contextmanager
-def compiled_layers(model: Any, wanted: bool) -> Iterator[None]:
+def compiled_layers(model: Any, wanted: bool, options: dict[str, Any]) -> Iterator[None]:
     """Let the decoder's layers be compiled ones that share their graphs, for a while."""
     if not wanted:
         yield
@@ -181,7 +224,7 @@ def compiled_layers(model: Any, wanted: bool) -> Iterator[None]:
     attention = [module for layer in layers for module in layer.modules() if hasattr(module, "layer_idx")]
     indices = [module.layer_idx for module in attention]
     for index, layer in enumerate(list(layers)):
-        layers[index] = Alone(layer, index)
+        layers[index] = Alone(layer, index, options)
     for module in attention:
         module.layer_idx = 0
     try:
@@ -242,7 +285,7 @@ def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[
     ALL_ATTENTION_FUNCTIONS.register("grouped_decode", grouped_attention)
     model.set_attn_implementation("grouped_decode")
     teacher: dict[tuple[int, int], tuple[float | None, int]] = {}
-    with compiled_layers(model, given.compile):
+    with compiled_layers(model, given.compile, given.options):
         for batch, context in itertools.product(given.batches, given.contexts):
             cache = None
             try:
@@ -264,7 +307,7 @@ def measure(model: Any, recipe: Recipe, given: argparse.Namespace) -> list[dict[
     for batch, context in itertools.product(given.batches, given.contexts):
         if recipe.exact_heads or context == given.contexts[0]:
             cache = student_cache(model, batch, context, given.repeats + SPARE)
-            with compiled_layers(model, given.compile):
+            with compiled_layers(model, given.compile, given.options):
                 run = one_token(model, cache, batch, context - 1)
                 mine = seconds_of(run, given.repeats)
                 if given.profile:
@@ -300,6 +343,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 16384, 32768, 65536])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--compile", action="store_true", help="compile the decoder's layers of both")
+    parser.add_argument("--join", action="store_true", help="q, k and v as one product")
+    parser.add_argument(
+        "--inductor",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the compiler, as in max_autotune_gemm=true",
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of a token")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, help="keep so many layers, to try the script")
@@ -308,8 +359,15 @@ def main() -> None:
     device = torch.device(given.device)
     if given.profile and device.type != "cuda":
         parser.error("--profile needs a GPU")
+    if given.inductor and not given.compile:
+        parser.error("--inductor needs --compile")
+    given.options = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in given.inductor)}
+    if unknown := given.options.keys() - torch._inductor.list_options():
+        parser.error(f"--inductor knows no {', '.join(sorted(unknown))}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(given.model, device, dtype, given.layers)
+    if given.join:
+        join_projections(model)
     torch._dynamo.config.recompile_limit = 64  # batches, contexts, and a first token that is not yet in the cache
     rows = measure(model, Recipe.from_yaml(given.recipe), given)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

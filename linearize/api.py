@@ -20,7 +20,7 @@ from linearize import workspace, yaml_io
 from linearize.adapter import is_adapter, joined
 from linearize.checkpoint import replace_text, sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
-from linearize.data.sources import is_lazy, is_local, source_names
+from linearize.data.sources import check_source, is_lazy, is_local, source_names
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
@@ -277,6 +277,7 @@ def load(folder: str | Path, *, teacher: str | None = None, **options: Any) -> A
 def _run(job: Job, work: Path, processes: Processes, watch: Watch, signals: Signals) -> dict[str, Any]:
     """Carry a job out in its work folder and leave the finished checkpoint in `work/final`."""
     began = time.time()
+    processes.once(lambda: _check_sources(job, work))
     if job.stream_layers:
         from linearize.streaming import run_streamed
 
@@ -482,6 +483,17 @@ def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALO
     if is_lazy(job.recipe.data):
         return _kept(work / "data", partial(build, processes=processes), processes, together=True)
     return _kept(work / "data", build, processes)
+
+
+def _check_sources(job: Job, work: Path) -> None:
+    """Raise before anything loads where a file is missing that rows are still to be read from."""
+    wanted = {work / "data": source_names(job.recipe.data)}
+    for name, stage, _ in stage_names(job.recipe):
+        if isinstance(stage, Preference):
+            wanted[work / f"data-{name}"] = [stage.source]
+    for folder, sources in wanted.items():
+        for source in [] if folder.exists() else sources:
+            check_source(source)
 
 
 def _pairs(job: Job, tokenizer: Any, work: Path, processes: Processes) -> dict[str, Corpus]:

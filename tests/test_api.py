@@ -230,6 +230,34 @@ def test_empty_data_is_refused_and_leaves_nothing(teacher, tmp_path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize(
+    "change", ["data.source=[builtin, {}]", "stages=[{{stage: transfer}}, {{stage: preference, source: '{}'}}]"]
+)
+def test_a_source_that_is_missing_is_found_before_anything_loads(teacher, tmp_path, change: str) -> None:
+    (tmp_path / "books.txt").write_text("Near.")
+    events: list[dict] = []
+    settings = {**small(), "data": None, "overrides": ["data.length=64", change.format(tmp_path / "book.txt")]}
+    with pytest.raises(LinearizeError, match=r"(?s)book\.txt', and there is no such file.*Did you mean .*books\.txt"):
+        linearize(teacher, "liger", tmp_path / "out", watch=events.append, **settings)
+    assert not [event for event in events if event["event"] == "load"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == []
+
+
+def test_a_stopped_run_needs_its_source_no_more(teacher, tmp_path) -> None:
+    source = tmp_path / "text.txt"
+    source.write_text("\n\n".join(f"Paragraph {i} of a text with some words in it." for i in range(200)))
+    settings = {**small(), "data": str(source)}
+
+    def stop(event: dict) -> None:
+        if event["event"] == "stage":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        linearize(teacher, "liger", tmp_path / "out", watch=stop, **settings)
+    source.unlink()
+    assert linearize(teacher, "liger", tmp_path / "out", **settings).output == tmp_path / "out"
+
+
 def test_a_folder_that_is_not_ours_is_left_alone(teacher, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")

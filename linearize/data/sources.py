@@ -125,6 +125,19 @@ def is_local(source: str) -> bool:
     return source == "builtin" or Path(source).expanduser().exists()
 
 
+def check_source(source: str) -> None:
+    """Raise where a source cannot be: a file or folder that is missing, or no hub id.
+
+    Raises:
+        LinearizeError: with near matches.
+    """
+    if is_local(source) or URL.match(source):
+        return
+    looks_local = file_type(Path(source)) is not None or source.startswith((".", "/", "~"))
+    if looks_local or not HUB_ID.fullmatch(source):
+        raise missing_file(source)
+
+
 def source_names(data: Data) -> list[str]:
     """Return the sources as a list.
 
@@ -160,9 +173,7 @@ def source_rows(source: str, split: str, streaming: bool) -> Iterable[Row]:
         return builtin_rows() if source == "builtin" else read_file(path)
     if URL.match(source):
         return url_rows(source, split)
-    looks_local = file_type(path) is not None or source.startswith((".", "/", "~"))
-    if looks_local or not HUB_ID.fullmatch(source):
-        raise missing_file(source)
+    check_source(source)
     return hub_rows(source, split, streaming)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FIRST_BUCKET = 64
+KEPT = 2**16  # tokens whose values stay on their device, so that a chunk waits for nothing
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Tally:
         self.rows = torch.zeros(2, rows, dtype=torch.float64)
         buckets = int(bucket(torch.tensor(longest))) + 1
         self.sums = torch.zeros(4, buckets, dtype=torch.float64)
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, student: Tensor, teacher: Tensor | None, targets: Tensor, positions: Tensor, rows: Tensor) -> None:
         """Add a chunk of tokens.
@@ -95,12 +97,22 @@ class Tally:
             log_p = teacher.log_softmax(-1)
             kl = (log_p.exp() * (log_p - log_q)).sum(-1)
             agree = (log_p.argmax(-1) == log_q.argmax(-1)).to(loss.dtype)
-        values = torch.stack([torch.ones_like(loss), loss, kl, agree]).double().cpu()
-        self.sums.index_add_(1, bucket(positions).cpu(), values)
-        self.rows.index_add_(1, rows.cpu(), values[:2])
+        values = torch.stack([torch.ones_like(loss), loss, kl, agree])
+        self.kept.append((values, positions, rows))
+        if sum(len(kept) for _, kept, _ in self.kept) >= KEPT:
+            self._sum()
+
+    def _sum(self) -> None:
+        """Add up what is kept."""
+        if self.kept:
+            values, positions, rows = (torch.cat(parts, -1).cpu() for parts in zip(*self.kept, strict=True))
+            self.sums.index_add_(1, bucket(positions), values.double())
+            self.rows.index_add_(1, rows, values[:2].double())
+            self.kept.clear()
 
     def quality(self, seconds: float, note: str) -> Quality:
         """Return the means of all that was added."""
+        self._sum()
         tokens, loss, kl, agree = self.sums.sum(1).tolist()
         spans = []
         for index, (count, own_loss, own_kl, _) in enumerate(self.sums.T.tolist()):

@@ -487,13 +487,13 @@ def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALO
 
 def _check_sources(job: Job, work: Path) -> None:
     """Raise before anything loads where a file is missing that rows are still to be read from."""
-    wanted = {work / "data": source_names(job.recipe.data)}
+    wanted = [("data", source, "`data.source`") for source in source_names(job.recipe.data)]
     for name, stage, _ in stage_names(job.recipe):
         if isinstance(stage, Preference):
-            wanted[work / f"data-{name}"] = [stage.source]
-    for folder, sources in wanted.items():
-        for source in [] if folder.exists() else sources:
-            check_source(source)
+            wanted.append((f"data-{name}", stage.source, f"`source` of the stage {name!r}"))
+    for folder, source, setting in wanted:
+        if not (work / folder).exists():
+            check_source(source, setting)
 
 
 def _pairs(job: Job, tokenizer: Any, work: Path, processes: Processes) -> dict[str, Corpus]:

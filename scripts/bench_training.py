@@ -6,7 +6,8 @@
 
 Rows are packed documents of random tokens. A model flop is one of the student's forward or backward matrix products
 (2 a weight and token forward, as much for the gradient of the input; weights that do not train have no more), the
-teacher's forward in transfer included; attention itself is left out. Prints one table.
+teacher's forward in transfer included; attention itself is left out. Exact heads and windows that a probe would choose
+stand anywhere. Prints one table.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from rich.table import Table
 
 from linearize.aliases import read_alias
 from linearize.data import Corpus, PackedRows
-from linearize.recipe import Recipe
+from linearize.planning import place_heads
+from linearize.recipe import ExactHeads, Recipe
 from linearize.stages import Run, speed
 from linearize.stages.base import Progress, _accumulate
 from linearize.stages.distill import DistillRunner
@@ -64,8 +66,8 @@ def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -
     """Run a stage's steps and return what they cost."""
     device = next(model.parameters()).device
     rows = packed_rows(given.rows, given.length, model.config.vocab_size)
-    assert recipe.mixer is not None
-    surgery = convert(model, recipe.mixer.model_dump())
+    assert recipe.mixer is not None and not isinstance(recipe.exact_heads, ExactHeads)
+    surgery = convert(model, recipe.mixer.model_dump(), exact_heads=recipe.exact_heads)
     run = Run(model, surgery, Corpus(rows, rows, "", "", {}), Path("unused"), 0, device, torch.bfloat16)
     runner = RUNNERS[stage.stage](stage, run)
     trained = runner.prepare()
@@ -179,6 +181,7 @@ def main() -> None:
     if given.eager:
         speed.PASSES, speed.WORK = 10**9, math.inf
     model = random_model(given.model, torch.device("cuda"), getattr(torch, given.dtype))
+    recipe = place_heads(recipe, model.config, torch.bfloat16)
     results = [measure(s, model, recipe, given) for s in recipe.stages if s.stage in given.stages]
     report(results, f"{torch.cuda.get_device_name()}, torch {torch.__version__}", given.csv)
 

@@ -231,13 +231,17 @@ def test_empty_data_is_refused_and_leaves_nothing(teacher, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["data.source=[builtin, {}]", "stages=[{{stage: transfer}}, {{stage: preference, source: '{}'}}]"]
+    ("change", "setting"),
+    [
+        ("data.source=[builtin, {}]", "`data.source`"),
+        ("stages=[{{stage: transfer}}, {{stage: preference, source: '{}'}}]", "the stage 'preference'"),
+    ],
 )
-def test_a_source_that_is_missing_is_found_before_anything_loads(teacher, tmp_path, change: str) -> None:
+def test_a_source_that_is_missing_is_found_before_anything_loads(teacher, tmp_path, change: str, setting: str) -> None:
     (tmp_path / "books.txt").write_text("Near.")
     events: list[dict] = []
     settings = {**small(), "data": None, "overrides": ["data.length=64", change.format(tmp_path / "book.txt")]}
-    with pytest.raises(LinearizeError, match=r"(?s)book\.txt', and there is no such file.*Did you mean .*books\.txt"):
+    with pytest.raises(LinearizeError, match=rf"{setting} names .*book\.txt', and there is.*Did you mean .*books\.txt"):
         linearize(teacher, "liger", tmp_path / "out", watch=events.append, **settings)
     assert not [event for event in events if event["event"] == "load"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("out")) == []

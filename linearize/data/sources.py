@@ -60,15 +60,15 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def missing_file(source: str) -> LinearizeError:
-    """Return the error for a source that names no file, with near matches from its folder."""
+def missing_file(source: str, setting: str) -> LinearizeError:
+    """Return the error for a setting's source that names no file, with near matches from its folder."""
     path = Path(source).expanduser()
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(str(folder / name) for name in near)}?" if near else ""
     return LinearizeError(
-        f"`data.source` names {source!r}, and there is no such file or folder (looked in {folder.absolute()}).{hint} "
+        f"{setting} names {source!r}, and there is no such file or folder (looked in {folder.absolute()}).{hint} "
         f"Give `builtin`, a file, a folder, or a hub id such as `owner/name`."
     )
 
@@ -125,8 +125,12 @@ def is_local(source: str) -> bool:
     return source == "builtin" or Path(source).expanduser().exists()
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, setting: str = "`data.source`") -> None:
     """Raise where a source cannot be: a file or folder that is missing, or no hub id.
+
+    Args:
+        source: as in `data.source`.
+        setting: that has it, named in the error.
 
     Raises:
         LinearizeError: with near matches.
@@ -135,7 +139,7 @@ def check_source(source: str) -> None:
         return
     looks_local = file_type(Path(source)) is not None or source.startswith((".", "/", "~"))
     if looks_local or not HUB_ID.fullmatch(source):
-        raise missing_file(source)
+        raise missing_file(source, setting)
 
 
 def source_names(data: Data) -> list[str]:

@@ -14,7 +14,7 @@ from linearize.data import PackedRows, build_corpus, evaluation_rows, pack
 from linearize.data.documents import Document
 from linearize.data.formatting import encode
 from linearize.data.readers import COMPRESSIONS, SEPARATOR, file_type
-from linearize.data.sources import hub_rows
+from linearize.data.sources import check_source, hub_rows
 from linearize.errors import LinearizeError
 from linearize.recipe import Data
 
@@ -86,6 +86,7 @@ def evaluation_text(source: str, tokenizer: PreTrainedTokenizerBase, rows: int, 
         if not len(packed):
             raise LinearizeError(f"{source!r} does not fill one row of {length} tokens; give a lower --length.")
         return EvaluationText(name, source, packed[:rows])
+    check_source(source, "--data")
     data = Data(source=source, format="auto", held_out=rows, length=length)
     return EvaluationText(name, source, evaluation_rows(data, tokenizer))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from linearize import checkpoint
 from linearize.data import Corpus, PackedRows, batches, rows_seen
 from linearize.data.packing import cut
+from linearize.errors import LinearizeError
 from linearize.interrupt import Signals, Stopped
 from linearize.processes import Processes
 from linearize.recipe_stages import Stage
@@ -497,18 +498,39 @@ class Progress:
 
 
 def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """Put the gradients of a batch into what trains, as many rows at a time as memory holds; return its losses."""
+    """Put the gradients of a batch into what trains, as many rows at a time as memory holds; return its losses.
+
+    Raises:
+        LinearizeError: memory does not hold one row, or under FSDP2 as many as are asked for.
+    """
     while True:
         try:
             return _accumulate(runner, rows, runner.micro)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if runner.micro == 1 or runner.run.processes.sharded:  # under FSDP2 the others are in the same pass
-                raise
+                raise _no_room(runner, rows.length, str(error)) from error
         runner.shrink()
         for parameter in trained.values():
             parameter.grad = None
         torch.cuda.empty_cache()
         runner.run.tell({"event": "memory", "rows": runner.micro})
+
+
+def _no_room(runner: StageRunner, length: int, detail: str) -> LinearizeError:
+    """Return the error for a stage that memory does not hold, with what takes less of it."""
+    settings = runner.settings
+    ways = ["give rows fewer tokens (`data.length`, or the stage's `length`)", "end what else runs on this device"]
+    if runner.micro > 1:
+        ways.insert(0, f"set the stage's `micro_batch` below {runner.micro}")
+    if getattr(settings, "gradient_checkpointing", True) is False:
+        ways.insert(0, "set the stage's `gradient_checkpointing` to true")
+    todo = "; or ".join(ways)
+    count = "one row" if runner.micro == 1 else f"{runner.micro} rows"
+    first = ". ".join(detail.splitlines()[0].split(". ")[:3]).rstrip(".")
+    return LinearizeError(
+        f"Memory is full in the stage `{settings.stage}` with {count} of {length:,} tokens at a time ({first}). "
+        f"{todo[0].upper()}{todo[1:]}."
+    )
 
 
 def _accumulate(runner: StageRunner, rows: PackedRows, micro: int) -> dict[str, Any]:

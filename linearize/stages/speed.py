@@ -189,4 +189,5 @@ class FastPass:
 
 
 def _warn(error: RuntimeError) -> None:
-    warnings.warn(f"No CUDA graph of a training pass, which is slower without: {error}", stacklevel=3)
+    detail = str(error).splitlines()[0]
+    warnings.warn(f"No CUDA graph of a training pass, which is slower without: {detail}", stacklevel=3)

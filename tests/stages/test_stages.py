@@ -607,6 +607,22 @@ def test_a_second_stage_of_adapters_warns_of_nothing(make_run, recwarn) -> None:
     assert not [warning for warning in recwarn if "peft_config" in str(warning.message)]
 
 
+@pytest.mark.parametrize(
+    ("stage", "way"), [(Finetune, r"Set the stage's `gradient_checkpointing`"), (Transfer, "Give rows")]
+)
+def test_a_row_that_does_not_fit_into_memory_is_one_message(make_run, stage, way) -> None:
+    settings = stage(tokens=48 * 4, batch=4, optimizer=FAST)
+    runner = {Finetune: FinetuneRunner, Transfer: TransferRunner}[stage](settings, make_run(LIGER))
+
+    def backward(rows, share):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 MiB. 1 MiB is free. See the docs.\nMore")
+
+    runner.backward = backward
+    with pytest.raises(LinearizeError, match=rf"one row of 48 tokens .*1 MiB is free\)\. {way}") as found:
+        train(runner, stage.__name__.lower())
+    assert "See the docs" not in str(found.value)
+
+
 def test_a_batch_that_does_not_fit_into_memory_is_cut_and_gives_the_same_weights(make_run) -> None:
     ends, told = [], []
     for fits in (4, 1):

@@ -66,7 +66,7 @@ class StagePlan:
 
     Attributes:
         name: of the kind of stage.
-        tokens: the budget.
+        tokens: of all steps, which are whole batches of rows.
         steps: optimizer steps that it takes.
         trained: parameters.
         memory: estimated peak bytes, weights included, a copy of the teacher's where one is loaded beside them,
@@ -568,7 +568,7 @@ def _stage(
     memory = launches["streamed" if stream is not None and isinstance(stage, Transfer) else "one GPU"] or 0
     if isinstance(stage, Transfer):
         memory += _transfer_bytes(stage, network.config, dtype, rows, length, streamed=stream is not None)
-    return StagePlan(stage.stage, stage.tokens, steps, trained, memory, launches)
+    return StagePlan(stage.stage, steps * stage.batch * length, steps, trained, memory, launches)
 
 
 def _joined(recipe: Recipe, config: Any, mixers: dict[int, nn.Module], turns: range) -> dict[int, nn.Module]:

@@ -69,7 +69,7 @@ def resolve(model: str) -> TeacherSource:
         model: what `--model` was given.
 
     Raises:
-        LinearizeError: it is none of the four (the message lists near aliases), or a .gguf file that does not exist.
+        LinearizeError: it is none of the four (the message lists near aliases), or a file or folder that is missing.
     """
     if model in alias_names():
         return TeacherSource(model, "alias", model)
@@ -83,6 +83,8 @@ def resolve(model: str) -> TeacherSource:
     if HUB_ID.fullmatch(model) and not model.startswith("."):
         repository, _, revision = model.partition("@")
         return TeacherSource(repository.rpartition("/")[2], "hub", repository, revision or "main")
+    if model.startswith((".", "/", "~")):
+        raise LinearizeError(f"There is no folder {model}. Give a folder that exists, an alias or a hub id.")
     unknown = UnknownNameError("model", model, alias_names())
     raise LinearizeError(f"{unknown} A folder, a .gguf file or a hub id such as org/name serves as well.")
 

@@ -51,7 +51,10 @@ def small(recipe: Recipe | str = "liger", tokens: int = 768) -> dict:
 
 
 def test_a_run_leaves_a_checkpoint_with_everything_in_it(teacher, tmp_path) -> None:
-    result = linearize(teacher, "liger", tmp_path / "out", **small())
+    settings = {**small(), "tokens": 777}
+    result = linearize(teacher, "liger", tmp_path / "out", **settings)
+    planned = [stage.tokens for stage in plan(teacher, "liger", **settings).stages]
+    assert [row["tokens"] for row in result.results["rows"][2:]] == [planned[0], sum(planned)]
     assert set(written_files(result.output)) == FILES
     assert yaml_io.read(result.output / "recipe.lock.yaml")["files"] == sorted(FILES)
     assert not (tmp_path / "out.partial").exists()
@@ -210,6 +213,7 @@ def test_exact_heads_and_some_layers(teacher, tmp_path) -> None:
         ({"overrides": ["mixer.gate={name: key, normaliser: 2.0}"]}, "Did you mean 'normalizer'"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
         ({"dtype": "fp8"}, "Unknown dtype"),
+        ({"overrides": ["probe.tasks=[passkee]"]}, "at `probe.tasks`. Did you mean 'passkey'"),
         ({"track": "tensorbord"}, "Did you mean 'tensorboard'"),
     ],
 )

@@ -89,6 +89,8 @@ def test_unknown_model() -> None:
         resolve("lama-3-8b")
     with pytest.raises(LinearizeError, match=r"no file nowhere/x\.gguf"):
         resolve("nowhere/x.gguf")
+    with pytest.raises(LinearizeError, match=r"There is no folder \./nowhere\."):
+        resolve("./nowhere")
 
 
 # -- folders

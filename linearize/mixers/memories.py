@@ -266,13 +266,12 @@ class SlotMemory(Fp32Part):
 
 @memories.register("scan")
 class ScanMemory(Fp32Part):
-    """Mamba-1's selective scan: each value channel has its own state and decays (arXiv:2312.00752; as a student of
-    attention arXiv:2408.15237).
+    """Mamba-1's selective scan: each value channel has its own state and decays (arXiv:2312.00752).
 
-    `s_tv = exp(-dt_tv exp(A_v)) s_(t-1)v + dt_tv v_tv k_t` and `o_tv = q_t . s_tv + D_v v_tv`, where channel v works
-    with the N entries of queries and keys that stand at its own place in the head, and
-    `dt_t = softplus(W2 W1 x_t + b)`. The decay is the memory's own. The start is Mamba's: `exp(A_vn) = n`, D = 1, and b
-    such that dt is log-evenly drawn from [0.001, 0.1] where W2 W1 x = 0.
+    As a student of attention: arXiv:2408.15237. `s_tv = exp(-dt_tv exp(A_v)) s_(t-1)v + dt_tv v_tv k_t` and
+    `o_tv = q_t . s_tv + D_v v_tv`, where channel v works with the N entries of queries and keys that stand at its own
+    place in the head, and `dt_t = softplus(W2 W1 x_t + b)`. The decay is the memory's own. The start is Mamba's:
+    `exp(A_vn) = n`, D = 1, and b such that dt is log-evenly drawn from [0.001, 0.1] where W2 W1 x = 0.
 
     Args:
         state: N, which divides the head dim.

@@ -40,7 +40,8 @@ print(tokenizer.decode(model(**inputs).logits[inputs["input_ids"] == tokenizer.m
 
 FIGURES = {
     "figures/quality.png": "Held-out perplexity and divergence of every row of the table.",
-    "figures/transfer.png": "Attention transfer: each layer's loss against the teacher's attention output.",
+    "figures/transfer.png": "Attention transfer: each layer's loss against the teacher's attention output; every "
+    "step reads other text, which with few steps moves it more than training does.",
     "figures/loss.png": "The loss that each stage minimises; stages do not share a unit.",
     "eval/perplexity.png": "Perplexity by position in the document.",
     "eval/recall.png": "Recall by length and depth.",
@@ -72,6 +73,9 @@ def model_card(results: Results, evaluation: Results | None = None, figures: Seq
     )
     pictures = {place: f"![{words}]({place})" for place, words in FIGURES.items() if place in figures}
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"`{model}`"
+    source = str(teacher_of(results).get("source", ""))
+    if source.endswith(".gguf"):
+        origin += f" (weights dequantized from `{source.rsplit('/', 1)[-1]}`)"
     done = (
         f"its softmax attention replaced by `linearize` with the recipe `{recipe}`. The shape of the new attention and "
         "the stages that recovered the quality"
@@ -235,11 +239,22 @@ def training_part(results: Results) -> str:
         f"* Teacher: `{teacher['source']}`{revision}" if teacher.get("source") else "",
         f"* Data: {data['description']}" if data.get("description") else "",
         f"* Hardware: {known['device']}, {known.get('dtype', '')}".rstrip(", ") if known.get("device") else "",
-        f"* Time: {duration(known['seconds'])}, evaluation included" if known.get("seconds") is not None else "",
+        spent(results),
         f"* Software: linearize {known['linearize']}{commit}; {packages}" if known.get("linearize") else "",
     ]
     kept = "\n".join(line for line in lines if line)
     return f"## Training\n\n{kept}" if kept else ""
+
+
+def spent(results: Results) -> str:
+    """Return the line on time: of the one session that the run took, or else of its training alone."""
+    seconds = results.get("provenance", {}).get("seconds")
+    if seconds is None:
+        return ""
+    trained = (final_row(results) or {}).get("seconds") or 0.0
+    if trained > seconds:
+        return f"* Time: {duration(trained)} of training; the run was stopped and went on"
+    return f"* Time: {duration(seconds)}, evaluation included"
 
 
 def limits_part(results: Results, evaluation: Results | None) -> str:

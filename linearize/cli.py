@@ -366,6 +366,7 @@ def validate(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     folder: Folder,
     suite: Annotated[str, typer.Option(help="quick, paper or full.")] = "quick",
     against: Annotated[
@@ -398,29 +399,33 @@ def evaluate(
     from linearize.evaluation import FOLDER, evaluate_folder
 
     quiet_libraries()
-    results = evaluate_folder(
-        folder,
-        suite=suite,
-        against=against,
-        controls=control or (),
-        data=data,
-        task_data=task_data,
-        device=device,
-        dtype=dtype,
-        batch_tokens=batch_tokens,
-        seed=seed,
-        output=output,
-        watch=lambda words: typer.echo(words, err=True),
-        rows=rows,
-        length=length,
-        recall=recall,
-        lengths=lengths,
-        samples=samples,
-        tasks=tasks,
-        limit=limit,
-        contexts=contexts,
-        batches=batches,
-    )
+    try:
+        results = evaluate_folder(
+            folder,
+            suite=suite,
+            against=against,
+            controls=control or (),
+            data=data,
+            task_data=task_data,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            output=output,
+            watch=lambda words: typer.echo(words, err=True),
+            rows=rows,
+            length=length,
+            recall=recall,
+            lengths=lengths,
+            samples=samples,
+            tasks=tasks,
+            limit=limit,
+            contexts=contexts,
+            batches=batches,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. Answers to tasks are kept as they came; go on with:\n{context.obj}", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
     show_evaluation(results, output or folder / FOLDER)
 
 

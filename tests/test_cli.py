@@ -404,3 +404,14 @@ def test_a_folder_that_is_not_ours_stays(capsys: pytest.CaptureFixture[str], tin
         assert "was not written by linearize" in refuse(capsys, *words, *fresh)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
     assert [path.name for path in tmp_path.glob("mine*")] == ["mine"]
+
+
+def test_ctrl_c_in_an_evaluation_names_the_command_that_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linearize.evaluation.evaluate_folder", interrupted)
+    assert run("eval", "out/x", "--rows", "4") == 130
+    assert capsys.readouterr().err.endswith("linearize eval out/x --rows 4\n")

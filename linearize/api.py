@@ -480,8 +480,7 @@ def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALO
     """The run's rows: those of an interrupted run, or new ones."""
     stages = [stage for _, stage in job.recipe.schedule() if not isinstance(stage, Preference)]
     longest = job.recipe.data.length
-    budget = sum(stage.steps(longest) * stage.batch * stage.row_length(longest) for stage in stages)
-    tokens = max(longest, budget)
+    tokens = max(longest, sum(stage.trained_tokens(longest) for stage in stages))
     masked = not job.recipe.causal
     build = partial(build_corpus, job.recipe.data, tokenizer, train_tokens=tokens, seed=job.seed, masked=masked)
     if is_lazy(job.recipe.data):

@@ -515,7 +515,7 @@ def _stream_plan(recipe: Recipe, network: Any, part: range | None) -> StreamPlan
     head = _bytes(network) - _bytes(network.get_decoder())
     blocks = [sum(sizes[i : i + stage.block]) for i in range(0, len(sizes), stage.block)]
     length = stage.row_length(recipe.data.length)
-    tokens = stage.steps(length) * stage.batch * length + (0 if part else 3 * recipe.data.held_out) * recipe.data.length
+    tokens = stage.trained_tokens(length) + (0 if part else 3 * recipe.data.held_out) * recipe.data.length
     states = tokens * config.hidden_size * dtype.itemsize
     return StreamPlan(max(embedding, head, *blocks), states, states > available_memory() // 2, part)
 
@@ -568,7 +568,7 @@ def _stage(
     memory = launches["streamed" if stream is not None and isinstance(stage, Transfer) else "one GPU"] or 0
     if isinstance(stage, Transfer):
         memory += _transfer_bytes(stage, network.config, dtype, rows, length, streamed=stream is not None)
-    return StagePlan(stage.stage, steps * stage.batch * length, steps, trained, memory, launches)
+    return StagePlan(stage.stage, stage.trained_tokens(length), steps, trained, memory, launches)
 
 
 def _joined(recipe: Recipe, config: Any, mixers: dict[int, nn.Module], turns: range) -> dict[int, nn.Module]:
@@ -610,7 +610,7 @@ def _transfer_bytes(stage: Transfer, config: Any, dtype: torch.dtype, tokens: in
     """Return the estimated bytes of attention maps, and of the hidden states of all rows that `layerwise` keeps."""
     # Both maps, what the softmax and the logarithm keep, and their gradients, in fp32.
     maps = 6 * 4 * tokens * length * config.num_attention_heads if stage.maps else 0
-    kept = stage.steps(length) * stage.batch * length * config.hidden_size * dtype.itemsize
+    kept = stage.trained_tokens(length) * config.hidden_size * dtype.itemsize
     return maps + (kept if stage.order == "layerwise" and not streamed else 0)
 
 
@@ -618,7 +618,7 @@ def _kept_bytes(stage: AnyStage, length: int) -> int:
     """Return the most bytes that the teacher's likeliest tokens take on the disk: index and log-probability each."""
     if not isinstance(stage, Distill) or not stage.cache:
         return 0
-    return stage.steps(length) * stage.batch * length * 8 * ((stage.top_k or 0) + 1)
+    return stage.trained_tokens(length) * 8 * ((stage.top_k or 0) + 1)
 
 
 def _ended_bytes(recipe: Recipe, index: int, network: Any, mixers: dict[int, nn.Module]) -> int:

@@ -79,6 +79,10 @@ class Stage(Strict):
         """Return how many optimizer steps the token budget makes, where `data.length` is `longest`."""
         return max(1, round(self.tokens / (self.batch * self.row_length(longest))))
 
+    def trained_tokens(self, longest: int) -> int:
+        """Return the tokens of these steps, which are whole batches of rows."""
+        return self.steps(longest) * self.batch * self.row_length(longest)
+
 
 # The projections that each choice of a transfer stage's `train` adapts, besides the mixer's own parameters.
 TRAINED_PROJECTIONS: dict[str, list[str]] = {

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import json
 import os
 import signal
@@ -30,6 +29,8 @@ from queue import Queue
 from typing import Any
 
 import yaml
+
+from linearize.errors import UnknownNameError
 
 HERE = Path(__file__).parent
 LINEARIZE = [sys.executable, "-m", "linearize"]
@@ -110,11 +111,10 @@ def choose(name: str, known: Any, what: str) -> str:
     """Return a name that is known.
 
     Raises:
-        ValueError: it is not.
+        UnknownNameError: it is not.
     """
     if name not in known:
-        near = difflib.get_close_matches(name, known, 3) or list(known)
-        raise ValueError(f"unknown {what} {name!r}; did you mean {' or '.join(near)}?")
+        raise UnknownNameError(what, name, known)
     return name
 
 
@@ -128,9 +128,7 @@ def read_job(word: str, known: dict[str, Any], evaluations: dict[str, list[str]]
     kind, _, seed = name.partition("@")
     if seed and not seed.isdecimal():
         raise ValueError(f"the seed of {name!r} is no number")
-    chosen = (
-        [choose(one, evaluations, "or not given evaluation") for one in wanted.split(",")] if wanted else evaluations
-    )
+    chosen = [choose(one, evaluations, "--evaluate") for one in wanted.split(",")] if wanted else evaluations
     return Job(name, known[choose(kind, known, "run")], seed or "0", tuple(chosen))
 
 

@@ -25,7 +25,7 @@ from linearize.data.packing import cut
 from linearize.errors import LinearizeError
 from linearize.interrupt import Signals, Stopped
 from linearize.processes import Processes
-from linearize.recipe_stages import Stage
+from linearize.recipe_stages import EndToEnd, Stage
 from linearize.report.metrics import MetricsWriter
 from linearize.sharding import spread, training
 from linearize.stages.gradients import alike, clip, layer_norms
@@ -522,7 +522,7 @@ def _no_room(runner: StageRunner, length: int, detail: str) -> LinearizeError:
     ways = ["give rows fewer tokens (`data.length`, or the stage's `length`)", "end what else runs on this device"]
     if runner.micro > 1:
         ways.insert(0, f"set the stage's `micro_batch` below {runner.micro}")
-    if getattr(settings, "gradient_checkpointing", True) is False:
+    if isinstance(settings, EndToEnd) and not settings.gradient_checkpointing:
         ways.insert(0, "set the stage's `gradient_checkpointing` to true")
     todo = "; or ".join(ways)
     count = "one row" if runner.micro == 1 else f"{runner.micro} rows"

@@ -6,11 +6,16 @@ import copy
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linearize.errors import LinearizeError
 from linearize.headers import gguf_elements
 from linearize.weights import check_gguf, check_promise, check_sizes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COMMON = ("\u2581the", "\u0120the")  # one token wherever a vocabulary has it: of SentencePiece, of byte-level BPE
 # Above this many parameters the copy is stored in bfloat16: fp32 would be eight times the GGUF file.
 FP32_LIMIT = 1_000_000_000
 
@@ -30,6 +35,7 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
         LinearizeError: the file is damaged, or transformers cannot read its architecture.
     """
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     check_gguf(path)
@@ -52,6 +58,12 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
             f"transformers cannot read {path}: {' '.join(str(error).split())[:300]}. "
             "Give the model's safetensors folder or hub id instead."
         ) from error
+    if takes_words_apart(tokenizer):
+        raise LinearizeError(
+            f"transformers {transformers.__version__} reads the tokenizer in {path} wrongly: words that are one token "
+            "come apart. Install a later transformers (Gemma's needs 5.18), or give the model's safetensors folder or "
+            "hub id instead."
+        )
     if report["missing_keys"]:
         raise LinearizeError(f"{path} lacks {len(report['missing_keys'])} of the model's tensors. Download it again.")
     config = copy.deepcopy(packed.config)
@@ -79,3 +91,9 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def takes_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer has a common word as one token and yet writes it as several: its merges are wrong."""
+    known = tokenizer.get_vocab()
+    return any(word in known and word not in tokenizer.tokenize("of the house") for word in COMMON)

@@ -186,7 +186,7 @@ def choose_windows(scores: dict[int, list[float]], tokens: int, layers: Sequence
 
     Every layer begins with the smallest size. The step from there, of one layer to one larger size, that lowers its
     loss most for each token more is taken as long as it fits, and so on. A size does no worse than a smaller one: a
-    loss that says so is noise.
+    loss that says so is noise, and steps that gain nothing are taken last, those of the layers that lose most first.
 
     Args:
         scores: of each size, from small to large, the layers' losses.
@@ -202,14 +202,19 @@ def choose_windows(scores: dict[int, list[float]], tokens: int, layers: Sequence
     left = tokens - sizes[0] * len(layers)
     while True:
         steps = [
-            ((lowest[layer][chosen[layer]] - lowest[layer][to]) / (sizes[to] - sizes[chosen[layer]]), layer, to)
+            (
+                (lowest[layer][chosen[layer]] - lowest[layer][to]) / (sizes[to] - sizes[chosen[layer]]),
+                lowest[layer][chosen[layer]],
+                layer,
+                to,
+            )
             for layer in layers
             for to in range(chosen[layer] + 1, len(sizes))
             if sizes[to] - sizes[chosen[layer]] <= left
         ]
-        gain, layer, to = max(steps, default=(0.0, 0, 0))
-        if gain <= 0:
+        if not steps:
             return [sizes[place] for place in chosen]
+        _, _, layer, to = max(steps)
         left -= sizes[to] - sizes[chosen[layer]]
         chosen[layer] = to
 

@@ -55,7 +55,7 @@ class WindowBudget(Strict):
     Args:
         cache: the largest share of the teacher's bf16 KV cache that the whole cache may have at 8,192 tokens of one
             row, in the run's dtype; `10%` or 0.1. An `exact_heads.cache` below it is what the whole cache may have
-            with the smallest windows, so that the heads come first.
+            with the smallest windows, so that the heads come first. All of it is spent, where sizes allow.
         among: the sizes.
     """
 

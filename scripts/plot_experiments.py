@@ -6,7 +6,7 @@
 With `--evaluations` (folders of `linearize eval`) the CSV is written: a row for every model that is a run of its
 own, with its cache at 8,192 tokens over the teacher's. The figure is drawn from the CSV: perplexity as a multiple of
 the softmax control's, recall and LAMBADA; a star is a recipe of ours, a circle a published one, a square has the whole
-cache.
+cache. Seeds (`best@1`) share a colour.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
+    kinds = list(dict.fromkeys(row["run"].partition("@")[0] for row in rows))  # seeds of a run look alike
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     base = next(row for row in rows if row["run"] == control)
     perplexities = [name for name in base if name.endswith(" perplexity")]
@@ -74,15 +75,15 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, panels, strict=False):
         ratio = name in perplexities
-        for place, row in enumerate(rows):
+        for row in rows:
             if not row.get(name):
                 continue
+            kind = row["run"].partition("@")[0]
             value = float(row[name]) / (float(base[name]) if ratio else 1)
             marker = "s" if float(row["cache"]) == 1 else "o" if row["recipe"].startswith("paper/") else "*"
             x = 100 * float(row["cache"])
-            axis.plot(
-                x, value, marker, ms=11 if marker == "*" else 7, color=f"C{place}", label=row["run"], clip_on=False
-            )
+            color = plt.get_cmap("tab20")(kinds.index(kind) % 20)
+            axis.plot(x, value, marker, ms=11 if marker == "*" else 7, color=color, label=kind, clip_on=False)
         axis.set_xscale("log")
         axis.set_xlabel("cache at 8,192 tokens, % of the teacher's")
         axis.set_title(f"{name}, x {control}" if ratio else f"{name}, % right", fontsize=9)
@@ -95,7 +96,8 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
         axis.xaxis.set_major_formatter(plain)
         axis.grid(alpha=0.3, which="both")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    known = dict(zip(labels, handles, strict=True))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(output, dpi=110)
 
 

@@ -246,7 +246,9 @@ def test_windows_go_where_they_matter():
     assert choose_windows(scores, 100) == [16, 32, 32, 16]  # 64 for layer 2 would be 48 more than there is
     assert choose_windows(scores, 127) == [16, 16, 64, 16]
     assert choose_windows(scores, 128) == [16, 32, 64, 16]
-    assert choose_windows(scores, 10_000) == [16, 32, 64, 64]
+    assert choose_windows(scores, 144) == [16, 32, 64, 32]  # what is left buys no gain: to the larger loss first
+    assert choose_windows(scores, 160) == [32, 32, 64, 32]
+    assert choose_windows(scores, 10_000) == [64, 64, 64, 64]
     assert choose_windows(scores, 48, [0, 1]) == [16, 32, 16, 16]
 
 

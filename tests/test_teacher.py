@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -233,7 +234,11 @@ def llama_permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, model: torch.nn.Module, quantization: gguf.GGMLQuantizationType, without: str = ""
+    path: Path,
+    model: torch.nn.Module,
+    quantization: gguf.GGMLQuantizationType,
+    without: str = "",
+    merges: Sequence[str] = ("a b", "ab c", "t h", "th e", "\u0120 the"),
 ) -> torch.nn.Module:
     """Write a tiny Llama as GGUF; return it with the weights that the file really holds."""
     config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
@@ -250,9 +255,10 @@ def write_gguf(
     writer.add_license("mit")
     writer.add_tokenizer_model("gpt2")
     tokens = ["<unk>", "<s>", "</s>", "ab", "abc", *(chr(ord("a") + i) for i in range(26))]
+    tokens += ["\u0120", "th", "the", "\u0120the"]
     tokens += [f"x{i}" for i in range(config.vocab_size - len(tokens))]
     writer.add_token_list(tokens)
-    writer.add_token_merges(["a b", "ab c"])
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -285,6 +291,19 @@ def tiny_gguf(make_teacher, tmp_path: Path) -> Path:
         tmp_path / "tiny.gguf", AutoModelForCausalLM.from_pretrained(make_teacher()), gguf.GGMLQuantizationType.Q4_1
     )
     return tmp_path / "tiny.gguf"
+
+
+def test_a_tokenizer_that_takes_words_apart_is_refused(cache: Path, make_teacher, tmp_path: Path) -> None:
+    """As transformers 5.17 reads Gemma's: the vocabulary is there, its merges are not."""
+    path = tmp_path / "apart.gguf"
+    write_gguf(
+        path, AutoModelForCausalLM.from_pretrained(make_teacher()), gguf.GGMLQuantizationType.F32, merges=["a b"]
+    )
+    with pytest.raises(
+        LinearizeError, match=r"apart\.gguf wrongly: words .* come apart\. Install a later transformers"
+    ):
+        load(path)
+    assert not list((cache / "models").glob("*"))
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])

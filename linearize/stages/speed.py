@@ -188,6 +188,8 @@ class FastPass:
             parameter.grad = None if earlier is None else kept.copy_(earlier)
 
 
-def _warn(error: RuntimeError) -> None:
+def _warn(error: BaseException) -> None:
+    while error.__context__ is not None:  # how a capture ends says only that it went wrong before
+        error = error.__context__
     detail = str(error).splitlines()[0]
     warnings.warn(f"No CUDA graph of a training pass, which is slower without: {detail}", stacklevel=3)

@@ -106,3 +106,18 @@ def test_layers_that_differ_are_all_compiled(make_run, monkeypatch) -> None:
     assert counters["stats"]["unique_graphs"] == 2 * len(windows)
     decoder.close()
     assert torch._dynamo.config.recompile_limit == limit < len(windows)
+
+
+def test_a_capture_that_fails_says_what_went_wrong_first(make_run, monkeypatch) -> None:
+    def capture(*_, **__):
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nMore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    decoder = speed.FastDecoder(make_run(Mixer.model_validate(MIXERS["gdn"])).model, 0)
+    decoder.captures = True
+    places = torch.arange(24)[None]
+    with pytest.warns(UserWarning, match="No CUDA graph .*: operation not permitted when stream is capturing$"):
+        decoder(3 + places, places)

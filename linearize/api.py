@@ -23,7 +23,6 @@ from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.data.sources import check_source, is_lazy, is_local, source_names
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
-from linearize.eval.recall import TASKS
 from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import Pushed, check_repository, push, written_files
 from linearize.interrupt import Signals
@@ -134,9 +133,6 @@ def prepare_job(
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
     where = check_device(device)
     _check_backend()
-    for task in chosen.probe.tasks:
-        if task not in TASKS:
-            raise UnknownNameError("recall task", task, TASKS, "probe.tasks")
     for stage in chosen.stages:
         if isinstance(stage, Distill) and stage.teacher_device is not None:
             check_device(stage.teacher_device, "`teacher_device`")

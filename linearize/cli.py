@@ -95,6 +95,14 @@ def _again(given: list[str]) -> str:
     return shlex.join([*start, *(word for word in given if word != "--fresh")])
 
 
+def _stopped(stop: KeyboardInterrupt, words: str) -> typer.Exit:
+    """Say once what a signal leaves behind, and return how the command ends."""
+    number = getattr(stop, "number", signal.SIGINT)
+    if _first_process():
+        typer.echo(f"Stopped by {signal.Signals(number).name}. {words}", err=True)
+    return typer.Exit(128 + number)
+
+
 def _with_command(given: list[str]) -> list[str]:
     """Put `run` before bare flags or overrides, and refuse an unknown command by name."""
     if not given:
@@ -161,7 +169,6 @@ def run(
         return
     from linearize import api
     from linearize.display import RunDisplay, quiet_libraries, show_pushed, show_results
-    from linearize.interrupt import Stopped
     from linearize.processes import leave
 
     quiet_libraries()
@@ -188,12 +195,9 @@ def run(
         )
     except KeyboardInterrupt as stop:
         display.close()
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        kept = f" {stop.kept}." if isinstance(stop, Stopped) and stop.kept else ""
+        kept = f"{found}. " if (found := getattr(stop, "kept", "")) else ""
         again = f"Go on with:\n{context.obj}" if _processes() == 1 else "The same launch goes on."
-        if _first_process():
-            typer.echo(f"Stopped by {signal.Signals(number).name}.{kept} {again}", err=True)
-        raise typer.Exit(128 + number) from None
+        raise _stopped(stop, kept + again) from None
     finally:
         display.close()
     leave()
@@ -282,23 +286,28 @@ def probe(
     """Score what each KV head and each layer is worth as exact softmax: recall, divergence, HALO."""
     from linearize import api
     from linearize.display import RunDisplay, probe_table, quiet_libraries
+    from linearize.interrupt import Signals
 
     quiet_libraries()
     display = RunDisplay()
     try:
-        scores, folder = api.probe(
-            model,
-            recipe,
-            output,
-            quick=quick,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            overrides=overrides or [],
-            fresh=fresh,
-            trust_remote_code=trust_remote_code,
-            watch=display,
-        )
+        with Signals():
+            scores, folder = api.probe(
+                model,
+                recipe,
+                output,
+                quick=quick,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                overrides=overrides or [],
+                fresh=fresh,
+                trust_remote_code=trust_remote_code,
+                watch=display,
+            )
+    except KeyboardInterrupt as stop:
+        display.close()
+        raise _stopped(stop, "A probe keeps nothing before its end.") from None
     finally:
         display.close()
     _print(probe_table(scores))
@@ -397,35 +406,36 @@ def evaluate(
     """Evaluate a finished folder beside its teacher and its controls."""
     from linearize.display import quiet_libraries, show_evaluation
     from linearize.evaluation import FOLDER, evaluate_folder
+    from linearize.interrupt import Signals
 
     quiet_libraries()
     try:
-        results = evaluate_folder(
-            folder,
-            suite=suite,
-            against=against,
-            controls=control or (),
-            data=data,
-            task_data=task_data,
-            device=device,
-            dtype=dtype,
-            batch_tokens=batch_tokens,
-            seed=seed,
-            output=output,
-            watch=lambda words: typer.echo(words, err=True),
-            rows=rows,
-            length=length,
-            recall=recall,
-            lengths=lengths,
-            samples=samples,
-            tasks=tasks,
-            limit=limit,
-            contexts=contexts,
-            batches=batches,
-        )
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped. Answers to tasks are kept as they came; go on with:\n{context.obj}", err=True)
-        raise typer.Exit(128 + signal.SIGINT) from None
+        with Signals():
+            results = evaluate_folder(
+                folder,
+                suite=suite,
+                against=against,
+                controls=control or (),
+                data=data,
+                task_data=task_data,
+                device=device,
+                dtype=dtype,
+                batch_tokens=batch_tokens,
+                seed=seed,
+                output=output,
+                watch=lambda words: typer.echo(words, err=True),
+                rows=rows,
+                length=length,
+                recall=recall,
+                lengths=lengths,
+                samples=samples,
+                tasks=tasks,
+                limit=limit,
+                contexts=contexts,
+                batches=batches,
+            )
+    except KeyboardInterrupt as stop:
+        raise _stopped(stop, f"Answers to tasks are kept as they came. Go on with:\n{context.obj}") from None
     show_evaluation(results, output or folder / FOLDER)
 
 

@@ -30,6 +30,7 @@ from linearize.recipe_stages import MAP_TOKENS, AnyStage, Distill, EndToEnd, Pre
 
 RECIPES = Path(__file__).parent / "recipes"
 Pair: TypeAlias = Annotated[tuple[NonNegative, NonNegative], Field(strict=False)]
+RecallName: TypeAlias = Literal["passkey", "s_niah_1", "s_niah_2", "s_niah_3", "multikey_niah", "mqar"]
 
 
 class SoftmaxLayers(Strict):
@@ -83,7 +84,7 @@ class Probe(Strict):
         file: a probe.json of `linearize probe`, whose tasks, lengths and samples count then; scored anew without it.
     """
 
-    tasks: list[str] = Field(["passkey", "multikey_niah"], min_length=1)
+    tasks: list[RecallName] = Field(["passkey", "multikey_niah"], min_length=1)
     lengths: list[Annotated[int, Field(ge=32)]] | None = Field(None, min_length=1)
     samples: int = Field(4, ge=1)
     file: str | None = None

@@ -1,6 +1,8 @@
 """The command: what it parses, what it prints, and how it fails."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -406,12 +408,18 @@ def test_a_folder_that_is_not_ours_stays(capsys: pytest.CaptureFixture[str], tin
     assert [path.name for path in tmp_path.glob("mine*")] == ["mine"]
 
 
-def test_ctrl_c_in_an_evaluation_names_the_command_that_goes_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_evaluation_or_a_probe_says_what_is_kept(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr("linearize.evaluation.evaluate_folder", interrupted)
-    assert run("eval", "out/x", "--rows", "4") == 130
-    assert capsys.readouterr().err.endswith("linearize eval out/x --rows 4\n")
+    monkeypatch.setattr("linearize.api.probe", interrupted)
+    assert run("eval", "out/x", "--rows", "4") == 128 + number
+    printed = capsys.readouterr().err
+    assert f"Stopped by {number.name}. Answers to tasks are kept" in printed
+    assert printed.endswith("linearize eval out/x --rows 4\n")
+    assert run("probe", "--model", "x") == 128 + number
+    assert capsys.readouterr().err == f"Stopped by {number.name}. A probe keeps nothing before its end.\n"

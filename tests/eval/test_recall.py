@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval.recall import TASKS, RecallTask, make_samples, score, wilson
 from linearize.eval.recall_templates import KEYS, NOISE, SPLITS, haystack
+from linearize.recipe import RecallName
 
 LENGTH = 1200
 
@@ -20,6 +22,10 @@ def model(random_teacher):
 
 def texts(samples, tokenizer):
     return [(tokenizer.decode(s.prompt_ids), tokenizer.decode(s.answer_ids)) for s in samples]
+
+
+def test_recipes_name_the_tasks_that_there_are():
+    assert set(get_args(RecallName)) == set(TASKS)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -377,7 +377,7 @@ def differences(found: Sequence[Measured]) -> list[dict[str, Any]]:
 
     Returns:
         One object per control: `name`, and in `text` by text the control's mean loss less the student's in nats with
-        its standard error over rows, in `answers` the student's accuracy less the control's.
+        its standard error over so many rows, in `answers` the student's accuracy less the control's.
     """
     student = next(one for one in found if one.role == "student")
     rows = []
@@ -387,7 +387,7 @@ def differences(found: Sequence[Measured]) -> list[dict[str, Any]]:
         text = {}
         for name, quality in control.quality.items():
             nats, error = paired_difference(quality, student.quality[name])
-            text[name] = {"nats": nats, "stderr": error}
+            text[name] = {"nats": nats, "stderr": error, "rows": len(quality.row_losses)}
         own, other = accuracies(student), accuracies(control)
         answers = {name: own[name] - other[name] for name in own if name in other}
         rows.append({"name": control.name, "text": text, "answers": answers})

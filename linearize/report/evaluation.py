@@ -14,7 +14,8 @@ from linearize.eval.tally import weighted_difference
 from linearize.report.table import ABSENT, Cells, Results, duration, markdown_table, number, small
 
 TRAINED_CACHE = 8192
-CLEAR = 2.0
+CLEAR = 2.0  # standard errors from which on a difference is one; of few rows, Student's two-sided 95 % quantiles
+FEW_ROWS = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 SLIGHT = 0.001
 
 QUALITY = ("perplexity", "× teacher", "KL to teacher", "same top token")
@@ -203,7 +204,7 @@ def _sentence(text: str, value: Results) -> str:
     if nats is None:
         return f"zeroed, the model's loss on {text} is not finite."
     known = error is not None
-    if abs(nats) < SLIGHT or (known and abs(nats) < CLEAR * error):
+    if abs(nats) < SLIGHT or (known and abs(nats) < FEW_ROWS.get(value.get("rows", 0), CLEAR) * error):
         judgement = "IT DOES NOTHING MEASURABLE"
     else:
         judgement = "it helps" if nats > 0 else "IT HURTS"

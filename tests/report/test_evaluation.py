@@ -22,18 +22,20 @@ def test_every_measure_is_a_row_and_every_model_a_column(evaluation) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nats", "stderr", "word"),
+    ("nats", "stderr", "rows", "word"),
     [
-        (0.1, 0.01, "it helps"),
-        (-0.1, 0.01, "IT HURTS"),
-        (0.01, 0.02, "IT DOES NOTHING MEASURABLE"),
-        (0.0005, 0.0001, "IT DOES NOTHING MEASURABLE"),
-        (0.1, None, "it helps (one row: no standard error)"),
-        (None, None, "not finite"),
+        (0.1, 0.01, 40, "it helps"),
+        (-0.1, 0.01, 40, "IT HURTS"),
+        (-0.1, 0.01, 2, "IT DOES NOTHING MEASURABLE"),
+        (-0.1, 0.01, 3, "IT HURTS"),
+        (0.01, 0.02, 40, "IT DOES NOTHING MEASURABLE"),
+        (0.0005, 0.0001, 40, "IT DOES NOTHING MEASURABLE"),
+        (0.1, None, 1, "it helps (one row: no standard error)"),
+        (None, None, 40, "not finite"),
     ],
 )
-def test_what_the_memory_does_is_said(evaluation, nats, stderr, word) -> None:
-    evaluation["differences"][0]["text"]["book"] = {"nats": nats, "stderr": stderr}
+def test_what_the_memory_does_is_said(evaluation, nats, stderr, rows, word) -> None:
+    evaluation["differences"][0]["text"]["book"] = {"nats": nats, "stderr": stderr, "rows": rows}
     said = verdicts(evaluation)
     assert word in said[0]
     assert "passkey 512 -50.0" in said[1]

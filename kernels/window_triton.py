@@ -6,7 +6,9 @@ N block of keys. Layout [B, T, heads, dim]; `first` is the first visible token o
 A program of the forward, and of the pass for dq, owns M queries of one query head, and walks the key blocks that its
 window reaches, after the sinks of the document of its first query (a later document's sinks lie inside the reach).
 The pass for dk and dv owns N keys of one KV head and walks the queries of all its R query heads that can see them, so
-that nothing is repeated and no atomics are needed: two runs are equal to the bit. `row_max` is differentiable: the
+that nothing is repeated and no atomics are needed: two runs are equal to the bit. Sinks are seen to the end of their
+document: what comes after the chunk of `CHUNK` queries in which a block's own reach ends is summed before, chunk by
+chunk, and added there. `row_max` is differentiable: the
 forward keeps where it was reached. `ADD_Q`, `ADD_K` and `ADD_V` add to gradients that are there already: the hybrid's
 backward sums its branches so.
 """
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from linearize.kernels.configs import Blocks, window_tiles
 from linearize.kernels.launch import Launch, contiguous, differentiable, play, unit_stride
+
+CHUNK = 256
+MAX_SINKS = 64  # that a program holds; of more, every key block walks to the end itself
 
 
 @triton.jit
@@ -211,13 +216,63 @@ def _key_block(q_p, do_p, row, i, j, first, k_N, v_N, lse, delta, d_max, row_arg
     return tl.dot(ds_T.to(q_M.dtype), q_M, dk, input_precision=PREC), dv
 
 
+@triton.jit
+def _reach(begin, T, M: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+    """One past the last query that the key block at `begin` walks for its windows."""
+    return begin + tl.cdiv(tl.minimum(begin + N + W - 1, T) - begin, M) * M
+
+
 @triton.jit(do_not_specialize=["T", "G"])
-def _key_grads(
-    q, k, v, starts, do, lse, d_max, row_arg, delta, dk, dv, T, G, scale,
+def _sink_grads(
+    q, k, v, starts, do, lse, d_max, row_arg, delta, sums_k, sums_v, T, G, scale,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
-    ADD_K: tl.constexpr, ADD_V: tl.constexpr,
+    BS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    g, c, b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
+    H = G * R
+    begin = c * CHUNK
+    base = begin * 0
+    if STARTS:
+        base = tl.maximum(tl.load(starts + b * T + begin).to(tl.int32), 0)
+    m, sink = tl.arange(0, M), tl.arange(0, BS)
+    j = base + sink
+    here = (sink < S) & (j < T) & (begin >= tl.cdiv(_reach(j // N * N, T, M, N, W), CHUNK) * CHUNK)
+    if tl.max(here.to(tl.int32)) > 0:
+        ks, vs = tl.arange(0, BK), tl.arange(0, BV)
+        in_k, in_v = ks < K, vs < V
+        rows = j.to(tl.int64)[:, None]
+        k_N = tl.load(k + b * k_b + g * k_h + rows * k_t + ks[None, :], mask=here[:, None] & in_k[None, :], other=0.0)
+        v_N = tl.load(v + b * v_b + g * v_h + rows * v_t + vs[None, :], mask=here[:, None] & in_v[None, :], other=0.0)
+        dk_N = tl.zeros([BS, BK], tl.float32)
+        dv_N = tl.zeros([BS, BV], tl.float32)
+        queries = q + b * q_b + g * R * q_h + ks[None, :]
+        end = tl.minimum(begin + CHUNK, T)
+        for step in range(0, tl.cdiv(end - begin, M) * R):
+            r = step % R
+            i = begin + (step // R) * M + m
+            at = i.to(tl.int64)
+            first = tl.zeros([M], tl.int32)
+            if STARTS:
+                first = tl.maximum(tl.load(starts + b * T + i, mask=i < T, other=T).to(tl.int32), 0)
+            row = (b * T + at) * H + g * R + r
+            dk_N, dv_N = _key_block(
+                queries + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
+                lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, end, scale, W, S, PREC,
+            )  # fmt: skip
+        out = (((b * tl.num_programs(1) + c - 1) * G + g) * BS + sink)[:, None]
+        tl.store(sums_k + out * K + ks[None, :], dk_N, mask=in_k[None, :])
+        tl.store(sums_v + out * V + vs[None, :], dv_N, mask=in_v[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "G"])
+def _key_grads(
+    q, k, v, starts, do, lse, d_max, row_arg, delta, sums_k, sums_v, dk, dv, T, G, scale,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+    BS: tl.constexpr, CHUNK: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
     g, i_n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     H = G * R
@@ -232,9 +287,8 @@ def _key_grads(
     dk_N = tl.zeros([N, BK], tl.float32)
     dv_N = tl.zeros([N, BV], tl.float32)
     q += b * q_b + g * R * q_h + ks[None, :]
-    reach = tl.minimum(begin + N + W - 1, T)
-    blocks = tl.cdiv(reach - begin, M)
-    for step in range(0, blocks * R):
+    next_i = _reach(begin, T, M, N, W)
+    for step in range(0, (next_i - begin) // M * R):
         r = step % R
         i = begin + (step // R) * M + m
         at = i.to(tl.int64)
@@ -249,11 +303,16 @@ def _key_grads(
     if S > 0:
         # A block with a document's first tokens is visible to the end of that document.
         last = tl.minimum(begin + N, T) - 1
-        next_i = begin + blocks * M
         begins = begin * 0
         if STARTS:
-            begins = tl.max(tl.where(in_t, tl.load(starts + b * T + j, mask=in_t, other=0).to(tl.int32), 0))
-        go = (next_i < T) & (begin < tl.maximum(begins, 0) + S)
+            begins = tl.maximum(
+                tl.max(tl.where(in_t, tl.load(starts + b * T + j, mask=in_t, other=0).to(tl.int32), 0)), 0
+            )
+        end = T
+        if CHUNK > 0:
+            end = tl.minimum(tl.cdiv(next_i, CHUNK) * CHUNK, T)
+        seen = begin < begins + S
+        go = (next_i < end) & seen
         while go:
             i = next_i + m
             at = i.to(tl.int64)
@@ -264,12 +323,27 @@ def _key_grads(
                 row = (b * T + at) * H + g * R + r
                 dk_N, dv_N = _key_block(
                     q + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
-                    lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, T, scale, W, S, PREC,
+                    lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, end, scale, W, S, PREC,
                 )  # fmt: skip
             next_i += M
-            go = next_i < T
+            go = next_i < end
             if STARTS:
                 go = go & (tl.load(starts + b * T + tl.minimum(next_i, T - 1)).to(tl.int32) <= last)
+        if CHUNK > 0:
+            sink = j - begins
+            mine = (sink >= 0) & (sink < S) & in_t
+            c = tl.cdiv(_reach(begin, T, M, N, W), CHUNK)
+            go = (c * CHUNK < T) & seen
+            if STARTS:
+                go = go & (tl.load(starts + b * T + tl.minimum(c * CHUNK, T - 1)).to(tl.int32) <= last)
+            while go:
+                part = (((b * (tl.cdiv(T, CHUNK) - 1) + c - 1) * G + g) * BS + sink)[:, None]
+                dk_N += tl.load(sums_k + part * K + ks[None, :], mask=mine[:, None] & in_k[None, :], other=0.0)
+                dv_N += tl.load(sums_v + part * V + vs[None, :], mask=mine[:, None] & in_v[None, :], other=0.0)
+                c += 1
+                go = c * CHUNK < T
+                if STARTS:
+                    go = go & (tl.load(starts + b * T + tl.minimum(c * CHUNK, T - 1)).to(tl.int32) <= last)
     out = ((b * T + j) * G + g)[:, None]
     in_tk, in_tv = in_t[:, None] & in_k[None, :], in_t[:, None] & in_v[None, :]
     dk_N *= scale
@@ -335,8 +409,15 @@ def grad_launches(
     by_query, by_key = tiles.query_grads, tiles.key_grads
     args = (q, k, v, starts, o, do, lse, d_lse, d_max, row_arg, delta, dq, *last)
     first = _launch(_query_grads, H, by_query.queries, T, B, by_query, args, shared)
-    args = (q, k, v, starts, do, lse, d_max, row_arg, delta, dk, dv, *last)
-    return [first, _launch(_key_grads, G, by_key.keys, T, B, by_key, args, shared)], (dq, dk, dv)
+    launches, sums = [first], (delta, delta)
+    kept = (q, k, v, starts, do, lse, d_max, row_arg, delta)
+    chunks = -(-T // CHUNK) - 1 if 0 < sinks <= MAX_SINKS and window < T else 0
+    shared |= {"BS": max(16, triton.next_power_of_2(sinks)), "CHUNK": CHUNK if chunks else 0}
+    if chunks:
+        sums = tuple(lse.new_empty((B, chunks, G, shared["BS"], x.shape[-1])) for x in (q, v))
+        launches += [_launch(_sink_grads, G, 1, chunks, B, by_key, (*kept, *sums, *last), shared)]
+    launches += [_launch(_key_grads, G, by_key.keys, T, B, by_key, (*kept, *sums, dk, dv, *last), shared)]
+    return launches, (dq, dk, dv)
 
 
 def _run_forward(

@@ -10,6 +10,7 @@ Legend: B rows, T tokens a row.
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -107,9 +108,10 @@ class FastDecoder:
         self.shape = input_ids.shape
         self.trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         try:
-            self.graphed = torch.cuda.make_graphed_callables(
-                _Decoder(self.decoder).train(), (input_ids, position_ids), allow_unused_input=True
-            )
+            with _uncollected():
+                self.graphed = torch.cuda.make_graphed_callables(
+                    _Decoder(self.decoder).train(), (input_ids, position_ids), allow_unused_input=True
+                )
         except RuntimeError as error:
             _warn(error)
 
@@ -179,13 +181,26 @@ class FastPass:
             parameter.grad = gradient
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with _uncollected(), torch.cuda.graph(graph):
                 self.result = self.function(*self.given)
             self.graph = graph
         except RuntimeError as error:
             _warn(error)
         for parameter, earlier, kept in zip(self.parameters, before, self.gradients, strict=True):
             parameter.grad = None if earlier is None else kept.copy_(earlier)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect garbage before and not within: freeing what belongs to the GPU can spoil a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _warn(error: BaseException) -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench_kernels import BOUNDS, GATES, delta_errors, hybrid_errors, linear_errors, relative, window_errors
 
-from linearize.kernels import configs, launch
+from linearize.kernels import configs, launch, window_triton
 from linearize.kernels.delta import delta_product, delta_product_step, gated_delta_rule, gated_delta_step
 from linearize.kernels.gated_linear import gated_linear_attention, gated_linear_step
 from linearize.kernels.hybrid import hybrid_attention, hybrid_step
@@ -243,6 +243,15 @@ def test_half_precision() -> None:
 @pytest.mark.parametrize(("window", "sinks", "packed"), [(16, 0, False), (16, 3, True), (33, 5, True), (1, 40, False)])
 def test_window_and_every_gradient(window: int, sinks: int, packed: bool) -> None:
     check(window_errors(torch.float32, 2, 90, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
+
+
+@pytest.mark.parametrize("chunk", [16, 40])
+@pytest.mark.parametrize(("window", "sinks", "packed"), [(1, 3, False), (16, 3, True), (16, 40, True), (16, 70, False)])
+def test_gradients_of_sinks_by_chunks(
+    chunk: int, window: int, sinks: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(window_triton, "CHUNK", chunk)
+    check(window_errors(torch.float32, 2, 190, 6, 2, 24, 40, window, sinks, packed=packed, device="cpu"))
 
 
 @pytest.mark.parametrize(

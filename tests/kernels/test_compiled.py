@@ -54,8 +54,8 @@ def delta(gate: str, dim: int, dtype: torch.dtype = torch.bfloat16) -> Callable[
 
 
 def window(dim: int, sinks: int = 0, dtype: torch.dtype = torch.bfloat16) -> Callable[[], None]:
-    q, k, v = (torch.empty(2, 128, heads, dim, dtype=dtype) for heads in (8, 2, 2))
-    starts = torch.empty(2, 128, dtype=torch.int64) if sinks else None
+    q, k, v = (torch.empty(2, 600, heads, dim, dtype=dtype) for heads in (8, 2, 2))
+    starts = torch.empty(2, 600, dtype=torch.int64) if sinks else None
 
     def calls() -> None:
         o, lse, row_max, row_arg = window_triton._run_forward(q, k, v, starts, 64, sinks, 1.0)

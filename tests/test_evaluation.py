@@ -257,7 +257,7 @@ def test_a_control_of_another_teacher_or_other_documents_is_refused(runs, others
 
 def test_a_control_that_is_like_for_like_is_measured(runs, others, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("The grass is green. " * 40)
-    sizes = {"rows": 1, "samples": 1, "recall": "none", "against": "none", "generation": False}
+    sizes = {"rows": 1, "recall": "none", "against": "none", "generation": False}
     for name, data in (("copied", None), ("untrained", None), ("length", str(tmp_path / "a.txt"))):
         length = {"length": 64} if data else {}
         found = evaluate_folder(

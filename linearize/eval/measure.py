@@ -163,7 +163,7 @@ class Bench:
         for task in self.prompts:
             read = max(len(self.tokenizer.encode(prompt.text, verbose=False)) for prompt in task.prompts)
             if read + task.new_tokens - 1 > context:  # the last token that is written is not read again
-                way = "a --task-data without gsm8k.jsonl" if task.name == "gsm8k" else "from Python, generation=False"
+                way = "a --task-data without gsm8k.jsonl" if task.name == "gsm8k" else "--no-generation"
                 over.append(f"{task.name} reads {read} tokens and writes {task.new_tokens} ({way})")
         room = SPEED_TOKENS + 1  # one more warms up
         if suite.contexts and (longest := max(suite.contexts)) + room > context:

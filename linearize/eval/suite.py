@@ -84,6 +84,7 @@ def choose_suite(
     tasks: str | None = None,
     contexts: str | None = None,
     batches: str | None = None,
+    generation: bool = True,
     **sizes: int | None,
 ) -> Suite:
     """Return a suite with what a user changed.
@@ -95,6 +96,7 @@ def choose_suite(
         tasks: tasks of lm-evaluation-harness, separated by commas, or `none`.
         contexts: at which speed is measured, separated by commas, or `none`.
         batches: rows at once there, separated by commas.
+        generation: the model also writes.
         **sizes: rows, length, samples, limit; None keeps the suite's.
 
     Raises:
@@ -103,6 +105,8 @@ def choose_suite(
     if name not in SUITES:
         raise UnknownNameError("suite", name, SUITES, "--suite")
     changes: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+    if not generation:
+        changes["generation"] = False
     if recall is not None:
         changes["recall"] = _names(recall, RECALL, "recall task", "--recall")
     if tasks is not None:
@@ -121,6 +125,7 @@ def choose_suite(
         "--limit": suite.limit is not None and not suite.tasks,
         "--lengths": lengths is not None and not suite.recall,
         "--batches": batches is not None and not suite.contexts,
+        "--samples": sizes.get("samples") is not None and not suite.recall and not suite.generation,
     }
     for flag, useless in idle.items():
         if useless:

@@ -36,6 +36,7 @@ def test_choices_replace_a_suite_s() -> None:
         ({"name": "quick", "limit": 5}, "--limit changes nothing"),
         ({"name": "quick", "recall": "none", "lengths": "64"}, "--lengths changes nothing"),
         ({"name": "quick", "batches": "2"}, "--batches changes nothing"),
+        ({"name": "quick", "recall": "none", "generation": False, "samples": 9}, "--samples changes nothing"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, words) -> None:

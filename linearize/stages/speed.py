@@ -10,7 +10,6 @@ Legend: B rows, T tokens a row.
 from __future__ import annotations
 
 import contextlib
-import gc
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from linearize.modeling.classes import layers_of, packed_inputs
 
 PASSES = 300  # of a stage, from which on making them pays
 WORK = 3e15  # or its tokens times the model's parameters: about as long on an H100 as making them takes
-VARIANTS = 4  # graphs of a layer: of each stage's rows, with and without gradients
+VARIANTS = 8  # of a compiled layer: each stage's rows, with and without gradients, of one document and of several
 GRAPHED = 2_000_000_000  # parameters up to which the host is the slower side
 
 
@@ -37,6 +36,16 @@ def decoder_states(decoder: Any, input_ids: Tensor, position_ids: Tensor) -> Ten
     given = packed_inputs(decoder.config, {"input_ids": input_ids, "position_ids": position_ids})
     states: Tensor = decoder(**given, use_cache=False).last_hidden_state
     return states
+
+
+def two_documents(position_ids: Tensor) -> Tensor:
+    """Return the positions [B, T] of rows of two documents each.
+
+    What is captured serves rows of several documents, as no value can be read then. So must what warms it up: rows of
+    one document take another way, and what is new would be compiled within the capture, which spoils it.
+    """
+    places = torch.arange(position_ids.shape[1], device=position_ids.device, dtype=position_ids.dtype)
+    return (places % -(-len(places) // 2)).expand(position_ids.shape).contiguous()
 
 
 def _on_gpu(model: nn.Module) -> bool:
@@ -108,10 +117,9 @@ class FastDecoder:
         self.shape = input_ids.shape
         self.trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         try:
-            with _uncollected():
-                self.graphed = torch.cuda.make_graphed_callables(
-                    _Decoder(self.decoder).train(), (input_ids, position_ids), allow_unused_input=True
-                )
+            self.graphed = torch.cuda.make_graphed_callables(
+                _Decoder(self.decoder).train(), (input_ids, two_documents(position_ids)), allow_unused_input=True
+            )
         except RuntimeError as error:
             _warn(error)
 
@@ -137,7 +145,8 @@ class FastPass:
     """A function that may leave gradients in parameters, replayed as a CUDA graph from its third call on.
 
     Args:
-        function: of tensors; returns one. All that it does besides must be the same at every call.
+        function: of `input_ids` and `position_ids` [B, T] and further tensors; returns one. All that it does besides
+            must be the same at every call.
         parameters: whose gradients it adds to; none where it makes no backward pass.
         passes: calls that the stage will make.
         device: of the tensors; only a GPU replays.
@@ -179,28 +188,19 @@ class FastPass:
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
+        input_ids, position_ids, *more = self.given
+        self.function(input_ids, two_documents(position_ids), *more)
+        for gradient in self.gradients:
+            gradient.zero_()
         graph = torch.cuda.CUDAGraph()
         try:
-            with _uncollected(), torch.cuda.graph(graph):
+            with torch.cuda.graph(graph):
                 self.result = self.function(*self.given)
             self.graph = graph
         except RuntimeError as error:
             _warn(error)
         for parameter, earlier, kept in zip(self.parameters, before, self.gradients, strict=True):
             parameter.grad = None if earlier is None else kept.copy_(earlier)
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Collect garbage before and not within: freeing what belongs to the GPU can spoil a capture."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _warn(error: BaseException) -> None:

@@ -1,6 +1,8 @@
 """What a GPU replays leaves the gradients that the same pass leaves step by step. Skipped where there is no GPU."""
 
+from contextlib import nullcontext
 from functools import partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,33 @@ def test_layers_that_differ_are_all_compiled(make_run, monkeypatch) -> None:
     assert counters["stats"]["unique_graphs"] == 2 * len(windows)
     decoder.close()
     assert torch._dynamo.config.recompile_limit == limit < len(windows)
+
+
+def test_what_is_captured_is_warmed_up_on_rows_of_several_documents(make_run, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda call, given, **_: seen.append(given[1]) or call)
+    decoder = speed.FastDecoder(make_run(Mixer.model_validate(MIXERS["gdn"])).model, 0)
+    decoder.captures = True
+    places = torch.arange(24)[None]
+    decoder(3 + places, places)
+    assert seen[0].tolist() == [[*range(12), *range(12)]]
+
+    weight = torch.nn.Parameter(torch.ones(()))
+
+    def function(input_ids, position_ids):
+        seen.append(position_ids.tolist())
+        loss = (weight * input_ids).sum()
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: weight.grad.add_(places.sum())))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    seen.clear()
+    fast = speed.FastPass(function, [weight], speed.PASSES, torch.device("cuda"))
+    for times in range(3):
+        fast(places.float(), places)
+        assert weight.grad == (times + 1) * places.sum()
+    assert seen == [places.tolist(), places.tolist(), [[*range(12), *range(12)]], places.tolist()]
 
 
 def test_a_capture_that_fails_says_what_went_wrong_first(make_run, monkeypatch) -> None:

@@ -18,7 +18,7 @@ from linearize.mixers.parts import Fp32Part, HeadShape, fp32_parameter
 from linearize.registry import memories
 
 QUERY_BLOCK = 128
-SCORED_BLOCK = 64
+COMPARED = 2**24  # pairs of tokens at a time, 100 MB
 
 
 @memories.register("retain")
@@ -170,7 +170,7 @@ class RetainMemory(Fp32Part):
 def expiries(score: Tensor, first: Tensor, slots: int) -> Tensor:
     """Return from which token on M others stand above each token, so that it is no longer kept.
 
-    An op of its own, since `torch.compile` would unroll its loop: 128 turns for a row of 8,192 tokens.
+    An op of its own, since `torch.compile` would unroll its loop: a dozen turns for a row of 8,192 tokens.
 
     Args:
         score: [B, G, N], 0 for what is no token.
@@ -184,7 +184,7 @@ def expiries(score: Tensor, first: Tensor, slots: int) -> Tensor:
     length = score.shape[-1]
     place = torch.arange(length, device=score.device)
     ends = []
-    for j in place.split(SCORED_BLOCK):
+    for j in place.split(max(1, COMPARED // score.numel())):
         own = score[:, :, j, None]
         above = torch.where(place < j[:, None], score[:, :, None] >= own, score[:, :, None] > own)
         above &= (place >= first[:, j, None])[:, None]

@@ -21,8 +21,7 @@ from torch import Tensor
 from linearize.kernels.configs import Blocks, window_tiles
 from linearize.kernels.launch import Launch, contiguous, differentiable, play, unit_stride
 
-CHUNK = 256
-MAX_SINKS = 64  # that a program holds; of more, every key block walks to the end itself
+CHUNK = 256  # or as many as there are sinks, so that the sums take no more than keys and values
 
 
 @triton.jit
@@ -193,27 +192,43 @@ def _query_grads(
 
 
 @triton.jit
-def _key_block(q_p, do_p, row, i, j, first, k_N, v_N, lse, delta, d_max, row_arg, dk, dv, in_k, in_v, T, scale,
-               W: tl.constexpr, S: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
-    """Add one block of queries to dk (before the factor `scale`) and dv."""
-    in_t = i < T
-    q_M = tl.load(q_p, mask=in_t[:, None] & in_k[None, :], other=0.0)
-    do_M = tl.load(do_p, mask=in_t[:, None] & in_v[None, :], other=0.0)
-    lse_M = tl.load(lse + row, mask=in_t, other=0.0)
-    lse_M = tl.where(lse_M == -float("inf"), 0.0, lse_M)
-    s_T = tl.dot(k_N, tl.trans(q_M), input_precision=PREC) * scale
-    near = i[None, :] - j[:, None] < W
-    if S > 0:
-        near = near | (j[:, None] - first[None, :] < S)
-    visible = (j[:, None] <= i[None, :]) & (j[:, None] >= first[None, :]) & in_t[None, :] & near
-    p_T = tl.where(visible, tl.exp(s_T - lse_M[None, :]), 0.0)
-    dv = tl.dot(p_T.to(do_M.dtype), do_M, dv, input_precision=PREC)
-    dp_T = tl.dot(v_N, tl.trans(do_M), input_precision=PREC)
-    ds_T = p_T * (dp_T - tl.load(delta + row, mask=in_t, other=0.0)[None, :])
-    if d_max is not None:
-        arg = tl.load(row_arg + row, mask=in_t, other=-1)
-        ds_T += tl.where(j[:, None] == arg[None, :], tl.load(d_max + row, mask=in_t, other=0.0)[None, :], 0.0)
-    return tl.dot(ds_T.to(q_M.dtype), q_M, dk, input_precision=PREC), dv
+def _walk(
+    q, do, starts, lse, delta, d_max, row_arg, k_N, v_N, dk, dv, j, begin, stop, end, b, g, T, G, scale, q_b, q_t, q_h,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    M: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """Add queries before `end` to dk (before the factor `scale`) and dv of keys j: those of blocks in [begin, stop)."""
+    H = G * R
+    m, ks, vs = tl.arange(0, M), tl.arange(0, BK), tl.arange(0, BV)
+    in_k, in_v = ks < K, vs < V
+    q_p = q + b * q_b + g * R * q_h + ks[None, :]
+    for step in range(0, tl.cdiv(stop - begin, M) * R):
+        r = step % R
+        i = begin + (step // R) * M + m
+        at = i.to(tl.int64)
+        in_t = i < end
+        first = tl.zeros([M], tl.int32)
+        if STARTS:
+            first = tl.maximum(tl.load(starts + b * T + i, mask=in_t, other=T).to(tl.int32), 0)
+        row = (b * T + at) * H + g * R + r
+        q_M = tl.load(q_p + r * q_h + at[:, None] * q_t, mask=in_t[:, None] & in_k[None, :], other=0.0)
+        do_M = tl.load(do + row[:, None] * V + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
+        lse_M = tl.load(lse + row, mask=in_t, other=0.0)
+        lse_M = tl.where(lse_M == -float("inf"), 0.0, lse_M)
+        s_T = tl.dot(k_N, tl.trans(q_M), input_precision=PREC) * scale
+        near = i[None, :] - j[:, None] < W
+        if S > 0:
+            near = near | (j[:, None] - first[None, :] < S)
+        visible = (j[:, None] <= i[None, :]) & (j[:, None] >= first[None, :]) & in_t[None, :] & near
+        p_T = tl.where(visible, tl.exp(s_T - lse_M[None, :]), 0.0)
+        dv = tl.dot(p_T.to(do_M.dtype), do_M, dv, input_precision=PREC)
+        dp_T = tl.dot(v_N, tl.trans(do_M), input_precision=PREC)
+        ds_T = p_T * (dp_T - tl.load(delta + row, mask=in_t, other=0.0)[None, :])
+        if d_max is not None:
+            arg = tl.load(row_arg + row, mask=in_t, other=-1)
+            ds_T += tl.where(j[:, None] == arg[None, :], tl.load(d_max + row, mask=in_t, other=0.0)[None, :], 0.0)
+        dk = tl.dot(ds_T.to(q_M.dtype), q_M, dk, input_precision=PREC)
+    return dk, dv
 
 
 @triton.jit
@@ -230,40 +245,30 @@ def _sink_grads(
     M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
     BS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    g, c, b = tl.program_id(0), tl.program_id(1) + 1, tl.program_id(2).to(tl.int64)
-    H = G * R
-    begin = c * CHUNK
+    PARTS: tl.constexpr = (S + BS - 1) // BS
+    g, place, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = (place // PARTS + 1) * CHUNK
     base = begin * 0
     if STARTS:
         base = tl.maximum(tl.load(starts + b * T + begin).to(tl.int32), 0)
-    m, sink = tl.arange(0, M), tl.arange(0, BS)
+    sink = place % PARTS * BS + tl.arange(0, BS)
     j = base + sink
     here = (sink < S) & (j < T) & (begin >= tl.cdiv(_reach(j // N * N, T, M, N, W), CHUNK) * CHUNK)
     if tl.max(here.to(tl.int32)) > 0:
         ks, vs = tl.arange(0, BK), tl.arange(0, BV)
-        in_k, in_v = ks < K, vs < V
+        in_k, in_v = here[:, None] & (ks < K)[None, :], here[:, None] & (vs < V)[None, :]
         rows = j.to(tl.int64)[:, None]
-        k_N = tl.load(k + b * k_b + g * k_h + rows * k_t + ks[None, :], mask=here[:, None] & in_k[None, :], other=0.0)
-        v_N = tl.load(v + b * v_b + g * v_h + rows * v_t + vs[None, :], mask=here[:, None] & in_v[None, :], other=0.0)
-        dk_N = tl.zeros([BS, BK], tl.float32)
-        dv_N = tl.zeros([BS, BV], tl.float32)
-        queries = q + b * q_b + g * R * q_h + ks[None, :]
+        k_N = tl.load(k + b * k_b + g * k_h + rows * k_t + ks[None, :], mask=in_k, other=0.0)
+        v_N = tl.load(v + b * v_b + g * v_h + rows * v_t + vs[None, :], mask=in_v, other=0.0)
         end = tl.minimum(begin + CHUNK, T)
-        for step in range(0, tl.cdiv(end - begin, M) * R):
-            r = step % R
-            i = begin + (step // R) * M + m
-            at = i.to(tl.int64)
-            first = tl.zeros([M], tl.int32)
-            if STARTS:
-                first = tl.maximum(tl.load(starts + b * T + i, mask=i < T, other=T).to(tl.int32), 0)
-            row = (b * T + at) * H + g * R + r
-            dk_N, dv_N = _key_block(
-                queries + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
-                lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, end, scale, W, S, PREC,
-            )  # fmt: skip
-        out = (((b * tl.num_programs(1) + c - 1) * G + g) * BS + sink)[:, None]
-        tl.store(sums_k + out * K + ks[None, :], dk_N, mask=in_k[None, :])
-        tl.store(sums_v + out * V + vs[None, :], dv_N, mask=in_v[None, :])
+        dk_N, dv_N = _walk(
+            q, do, starts, lse, delta, d_max, row_arg, k_N, v_N, tl.zeros([BS, BK], tl.float32),
+            tl.zeros([BS, BV], tl.float32), j, begin, end, end, b, g, T, G, scale, q_b, q_t, q_h,
+            R, K, V, BK, BV, M, W, S, STARTS, PREC,
+        )  # fmt: skip
+        out = (((b * (tl.cdiv(T, CHUNK) - 1) + place // PARTS) * G + g) * S + sink)[:, None]
+        tl.store(sums_k + out * K + ks[None, :], dk_N, mask=in_k)
+        tl.store(sums_v + out * V + vs[None, :], dv_N, mask=in_v)
 
 
 @triton.jit(do_not_specialize=["T", "G"])
@@ -272,78 +277,49 @@ def _key_grads(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, STARTS: tl.constexpr, PREC: tl.constexpr,
-    BS: tl.constexpr, CHUNK: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
+    CHUNK: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
     g, i_n, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    H = G * R
     begin = i_n * N
     j = begin + tl.arange(0, N)
-    m = tl.arange(0, M)
     ks, vs = tl.arange(0, BK), tl.arange(0, BV)
     in_k, in_v, in_t = ks < K, vs < V, j < T
     rows = j.to(tl.int64)[:, None]
     k_N = tl.load(k + b * k_b + g * k_h + rows * k_t + ks[None, :], mask=in_t[:, None] & in_k[None, :], other=0.0)
     v_N = tl.load(v + b * v_b + g * v_h + rows * v_t + vs[None, :], mask=in_t[:, None] & in_v[None, :], other=0.0)
-    dk_N = tl.zeros([N, BK], tl.float32)
-    dv_N = tl.zeros([N, BV], tl.float32)
-    q += b * q_b + g * R * q_h + ks[None, :]
-    next_i = _reach(begin, T, M, N, W)
-    for step in range(0, (next_i - begin) // M * R):
-        r = step % R
-        i = begin + (step // R) * M + m
-        at = i.to(tl.int64)
-        first = tl.zeros([M], tl.int32)
-        if STARTS:
-            first = tl.maximum(tl.load(starts + b * T + i, mask=i < T, other=T).to(tl.int32), 0)
-        row = (b * T + at) * H + g * R + r
-        dk_N, dv_N = _key_block(
-            q + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
-            lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, T, scale, W, S, PREC,
-        )  # fmt: skip
+    stop = _reach(begin, T, M, N, W)
+    end = T
+    c = tl.cdiv(stop, CHUNK)
+    last = tl.minimum(begin + N, T) - 1
+    base = begin * 0
     if S > 0:
         # A block with a document's first tokens is visible to the end of that document.
-        last = tl.minimum(begin + N, T) - 1
-        begins = begin * 0
+        goes_on = stop < T
         if STARTS:
-            begins = tl.maximum(
-                tl.max(tl.where(in_t, tl.load(starts + b * T + j, mask=in_t, other=0).to(tl.int32), 0)), 0
-            )
-        end = T
-        if CHUNK > 0:
-            end = tl.minimum(tl.cdiv(next_i, CHUNK) * CHUNK, T)
-        seen = begin < begins + S
-        go = (next_i < end) & seen
+            base = tl.maximum(tl.load(starts + b * T + last).to(tl.int32), 0)
+            goes_on = goes_on & (tl.load(starts + b * T + tl.minimum(stop, T - 1)).to(tl.int32) <= last)
+        if goes_on & (begin < base + S):
+            end = tl.minimum(c * CHUNK, T)
+            stop = end
+    dk_N, dv_N = _walk(
+        q, do, starts, lse, delta, d_max, row_arg, k_N, v_N, tl.zeros([N, BK], tl.float32),
+        tl.zeros([N, BV], tl.float32), j, begin, stop, end, b, g, T, G, scale, q_b, q_t, q_h,
+        R, K, V, BK, BV, M, W, S, STARTS, PREC,
+    )  # fmt: skip
+    if S > 0:
+        sink = j - base
+        mine = in_t & (sink >= 0) & (sink < S)
+        go = (c * CHUNK < T) & (begin < base + S)
+        if STARTS:
+            go = go & (tl.load(starts + b * T + tl.minimum(c * CHUNK, T - 1)).to(tl.int32) <= last)
         while go:
-            i = next_i + m
-            at = i.to(tl.int64)
-            first = tl.zeros([M], tl.int32)
-            if STARTS:
-                first = tl.maximum(tl.load(starts + b * T + i, mask=i < T, other=T).to(tl.int32), 0)
-            for r in range(0, R):
-                row = (b * T + at) * H + g * R + r
-                dk_N, dv_N = _key_block(
-                    q + r * q_h + at[:, None] * q_t, do + row[:, None] * V + vs[None, :], row, i, j, first, k_N, v_N,
-                    lse, delta, d_max, row_arg, dk_N, dv_N, in_k, in_v, end, scale, W, S, PREC,
-                )  # fmt: skip
-            next_i += M
-            go = next_i < end
-            if STARTS:
-                go = go & (tl.load(starts + b * T + tl.minimum(next_i, T - 1)).to(tl.int32) <= last)
-        if CHUNK > 0:
-            sink = j - begins
-            mine = (sink >= 0) & (sink < S) & in_t
-            c = tl.cdiv(_reach(begin, T, M, N, W), CHUNK)
-            go = (c * CHUNK < T) & seen
+            part = (((b * (tl.cdiv(T, CHUNK) - 1) + c - 1) * G + g) * S + sink)[:, None]
+            dk_N += tl.load(sums_k + part * K + ks[None, :], mask=mine[:, None] & in_k[None, :], other=0.0)
+            dv_N += tl.load(sums_v + part * V + vs[None, :], mask=mine[:, None] & in_v[None, :], other=0.0)
+            c += 1
+            go = c * CHUNK < T
             if STARTS:
                 go = go & (tl.load(starts + b * T + tl.minimum(c * CHUNK, T - 1)).to(tl.int32) <= last)
-            while go:
-                part = (((b * (tl.cdiv(T, CHUNK) - 1) + c - 1) * G + g) * BS + sink)[:, None]
-                dk_N += tl.load(sums_k + part * K + ks[None, :], mask=mine[:, None] & in_k[None, :], other=0.0)
-                dv_N += tl.load(sums_v + part * V + vs[None, :], mask=mine[:, None] & in_v[None, :], other=0.0)
-                c += 1
-                go = c * CHUNK < T
-                if STARTS:
-                    go = go & (tl.load(starts + b * T + tl.minimum(c * CHUNK, T - 1)).to(tl.int32) <= last)
     out = ((b * T + j) * G + g)[:, None]
     in_tk, in_tv = in_t[:, None] & in_k[None, :], in_t[:, None] & in_v[None, :]
     dk_N *= scale
@@ -411,11 +387,13 @@ def grad_launches(
     first = _launch(_query_grads, H, by_query.queries, T, B, by_query, args, shared)
     launches, sums = [first], (delta, delta)
     kept = (q, k, v, starts, do, lse, d_max, row_arg, delta)
-    chunks = -(-T // CHUNK) - 1 if 0 < sinks <= MAX_SINKS and window < T else 0
-    shared |= {"BS": max(16, triton.next_power_of_2(sinks)), "CHUNK": CHUNK if chunks else 0}
-    if chunks:
-        sums = tuple(lse.new_empty((B, chunks, G, shared["BS"], x.shape[-1])) for x in (q, v))
-        launches += [_launch(_sink_grads, G, 1, chunks, B, by_key, (*kept, *sums, *last), shared)]
+    chunk = max(CHUNK, triton.next_power_of_2(sinks))
+    shared |= {"BS": min(64, max(16, triton.next_power_of_2(sinks))), "CHUNK": chunk}
+    if sinks and window < T and chunk < T:
+        chunks = -(-T // chunk) - 1
+        sums = tuple(lse.new_empty((B, chunks, G, sinks, x.shape[-1])) for x in (q, v))
+        programs = chunks * -(-sinks // shared["BS"])
+        launches += [_launch(_sink_grads, G, 1, programs, B, by_key, (*kept, *sums, *last), shared)]
     launches += [_launch(_key_grads, G, by_key.keys, T, B, by_key, (*kept, *sums, dk, dv, *last), shared)]
     return launches, (dq, dk, dv)
 

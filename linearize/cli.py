@@ -430,7 +430,7 @@ def evaluate(
                 recall=recall,
                 lengths=lengths,
                 samples=samples,
-                generation=not no_generation,
+                generation=False if no_generation else None,
                 tasks=tasks,
                 limit=limit,
                 contexts=contexts,

@@ -32,7 +32,7 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
         notes: further small files of the folder, name -> text.
 
     Raises:
-        LinearizeError: the file is damaged, or transformers cannot read its architecture.
+        LinearizeError: the file is damaged, or transformers cannot read its architecture or tokenizer.
     """
     import torch
     import transformers

@@ -57,9 +57,7 @@ def random_model(alias: str, device: torch.device, dtype: torch.dtype, layers: i
 def packed_rows(rows: int, length: int, vocabulary: int) -> PackedRows:
     """Return rows of two documents each."""
     ids = torch.randint(0, vocabulary, (rows, length), dtype=torch.int32)
-    half = length // 2
-    places = torch.cat([torch.arange(half), torch.arange(length - half)]).int().expand(rows, -1)
-    return PackedRows(ids, places.contiguous(), ids)
+    return PackedRows(ids, speed.two_documents(ids), ids)
 
 
 def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:

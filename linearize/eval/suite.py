@@ -84,7 +84,6 @@ def choose_suite(
     tasks: str | None = None,
     contexts: str | None = None,
     batches: str | None = None,
-    generation: bool = True,
     **sizes: int | None,
 ) -> Suite:
     """Return a suite with what a user changed.
@@ -96,8 +95,7 @@ def choose_suite(
         tasks: tasks of lm-evaluation-harness, separated by commas, or `none`.
         contexts: at which speed is measured, separated by commas, or `none`.
         batches: rows at once there, separated by commas.
-        generation: the model also writes.
-        **sizes: rows, length, samples, limit; None keeps the suite's.
+        **sizes: rows, length, samples, limit, and whether there is generation; None keeps the suite's.
 
     Raises:
         LinearizeError: a name that does not exist, no number where one is needed, or a setting that would do nothing.
@@ -105,8 +103,6 @@ def choose_suite(
     if name not in SUITES:
         raise UnknownNameError("suite", name, SUITES, "--suite")
     changes: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
-    if not generation:
-        changes["generation"] = False
     if recall is not None:
         changes["recall"] = _names(recall, RECALL, "recall task", "--recall")
     if tasks is not None:

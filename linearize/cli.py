@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from linearize.errors import LinearizeError, UnknownNameError
+from linearize.errors import LinearizeError, UnknownNameError, memory_full
 
 app = typer.Typer(
     name="linearize",
@@ -64,6 +64,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if debug:
             raise
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        if debug or not memory_full(error):
+            raise
+        first = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        typer.echo(f"error: Memory is full ({first}). End what else runs on this device, or name another.", err=True)
         sys.exit(2)
     except SystemExit as stopped:
         if isinstance(stopped.__context__, typer.Abort):

@@ -22,6 +22,12 @@ class LinearizeError(ValueError):
         super().__init__(TOKEN.sub("hf_...", CONTROL.sub(" ", message)))
 
 
+def memory_full(error: RuntimeError) -> bool:
+    """Return whether an error says that a device has no memory left, be it PyTorch's, the driver's or a library's."""
+    words = str(error).lower()
+    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in words or "alloc_failed" in words
+
+
 class UnknownNameError(LinearizeError):
     """A name that matches nothing that exists.
 

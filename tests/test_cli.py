@@ -243,6 +243,29 @@ def test_doctor_finds_a_wrong_kernel(capsys: pytest.CaptureFixture[str], monkeyp
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'",
+        "CUDA out of memory. Tried to allocate 3 MiB. See the docs",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_full_memory_is_one_message(
+    words: str, capsys: pytest.CaptureFixture[str], tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr("linearize.evaluation.evaluate_folder", full)
+    assert words.splitlines()[0].split(". ")[0] in refuse(capsys, "eval", tiny)
+    with pytest.raises(RuntimeError, match="CU"):
+        cli.main(["eval", tiny, "--debug"])
+    words = "shapes cannot be multiplied"
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.main(["eval", tiny])
+
+
 def test_doctor_with_an_unknown_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEARIZE_BACKEND", "cuda")
     assert run("doctor") == 2

@@ -85,6 +85,7 @@ class Corpus:
                 for part in ("train", "held_out")
             )
             held_out = dataclasses.replace(held_out, masked=bool(about["settings"].get("masking")))
+            train = dataclasses.replace(train, bos=about["settings"].get("bos"))
             intact = about["fingerprint"] == fingerprint(train, held_out, about["settings"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise damaged(folder, str(error)) from error
@@ -241,6 +242,8 @@ def build_corpus(
             f"{data.length} tokens (`data.length`). Lower `data.length` or `data.held_out`, or give more text."
         )
     settings = {**data.model_dump(include={"format", "loss", "length", "held_out", "split"}), "seed": seed}
+    if train.bos is not None:
+        settings["bos"] = train.bos
     if masked:
         masking = Masking.of(tokenizer)
         settings["masking"] = dataclasses.asdict(masking)

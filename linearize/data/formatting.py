@@ -24,10 +24,17 @@ ALPACA_INPUT = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document as tokens: `ids`, and `labels` of the same length (the id, or -100 where no loss is taken)."""
+    """One document as tokens.
+
+    Args:
+        ids: of its tokens.
+        labels: as many: the id, or -100 where no loss is taken.
+        bos: what a row begins with where the document goes on in it; None where the tokenizer puts nothing first.
+    """
 
     ids: list[int]
     labels: list[int]
+    bos: int | None = None
 
 
 def chat_segments(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
@@ -109,7 +116,8 @@ def encode(document: Document, tokenizer: PreTrainedTokenizerBase, loss: Literal
         piece = begin(tokenizer, text) if special else tokenizer.encode(text, add_special_tokens=False, verbose=False)
         ids += piece
         labels += piece if response or loss == "all" else [IGNORE] * len(piece)
-    return Encoded(ids, labels)
+    first = begin(tokenizer, "")
+    return Encoded(ids, labels, first[0] if first and first[0] == tokenizer.bos_token_id else None)
 
 
 def begin(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

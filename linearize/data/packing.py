@@ -26,12 +26,15 @@ class PackedRows:
         labels: `input_ids` or -100, [N, T], int32. The loss shifts: `labels[:, t]` is predicted from the tokens before
             t. It is -100 at the first token of each document, so that nothing is predicted across documents.
         masked: `input_ids` have masks, and `labels` are what stands behind them, at the same place and nowhere else.
+        bos: the token that stands in place of the first of a row where a document goes on; None where that one stays.
+            Some models are lost without it, such as Gemma. Rows with masks leave the token to its label.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     masked: bool = False
+    bos: int | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -49,7 +52,7 @@ class PackedRows:
     def __getitem__(self, index: slice | Tensor | Sequence[int]) -> PackedRows:
         """Return these rows as new `PackedRows`."""
         at = index if isinstance(index, slice) else torch.as_tensor(index, dtype=torch.long)
-        return PackedRows(self.input_ids[at], self.position_ids[at], self.labels[at], self.masked)
+        return PackedRows(self.input_ids[at], self.position_ids[at], self.labels[at], self.masked, self.bos)
 
     def predicted(self) -> Tensor:
         """Return which labels a model is asked for, [N, T] bool: all that there are, but a causal row's first."""
@@ -62,7 +65,7 @@ class PackedRows:
         """Return these rows and those of `other` behind them."""
         theirs = other.tensors()
         joined = {name: torch.cat([tensor, theirs[name]]) for name, tensor in self.tensors().items()}
-        return PackedRows(**joined, masked=self.masked)
+        return PackedRows(**joined, masked=self.masked, bos=self.bos)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the three tensors by name."""
@@ -76,7 +79,8 @@ class PackedRows:
 def pack(documents: Sequence[Encoded], length: int) -> PackedRows:
     """Concatenate documents and cut them into rows.
 
-    Tokens that do not fill the last row are left out, and so are rows without any label.
+    Tokens that do not fill the last row are left out, and so are rows without any label. A row in which a document goes
+    on begins with its `bos`, in place of a token that is not predicted anyway.
 
     Args:
         documents: tokenized documents, in order.
@@ -94,12 +98,9 @@ def pack(documents: Sequence[Encoded], length: int) -> PackedRows:
         labels[start : start + size] = document.labels[:size]
         positions[start : start + size] = np.arange(size)
         start += size
-    shape = (-1, length)
-    positions = np.minimum(positions.reshape(shape), np.arange(length, dtype=np.int32))
-    labels = np.where(positions == 0, np.int32(IGNORE), labels.reshape(shape))
-    useful = (labels != IGNORE).any(axis=1)
-    tensors = [torch.from_numpy(array[useful]) for array in (ids.reshape(shape), positions, labels)]
-    return PackedRows(tensors[0], tensors[1], tensors[2])
+    bos = next((document.bos for document in documents if document.bos is not None), None)
+    rows = PackedRows(*(torch.from_numpy(array[None]) for array in (ids, positions, labels)), bos=bos)
+    return _cut(rows, length)
 
 
 def cut(rows: PackedRows, length: int) -> PackedRows:
@@ -112,14 +113,19 @@ def cut(rows: PackedRows, length: int) -> PackedRows:
     Returns:
         Rows [N * T / length, length] without those that have no label; the same object where nothing is to be cut.
     """
-    if length == rows.length:
-        return rows
-    ids, positions, labels = (tensor.reshape(-1, length) for tensor in rows.tensors().values())
+    return rows if length == rows.length else _cut(rows, length)
+
+
+def _cut(rows: PackedRows, length: int) -> PackedRows:
+    ids, positions, labels = (tensor.reshape(rows.tokens // length, length) for tensor in rows.tensors().values())
+    if rows.bos is not None:
+        ids = ids.clone()
+        ids[positions[:, 0] > 0, 0] = rows.bos
     positions = torch.minimum(positions, torch.arange(length, dtype=positions.dtype))
     if not rows.masked:
         labels = labels.masked_fill(positions == 0, IGNORE)
     useful = (labels != IGNORE).any(1)
-    return PackedRows(ids[useful], positions[useful], labels[useful], rows.masked)
+    return PackedRows(ids[useful], positions[useful], labels[useful], rows.masked, rows.bos)
 
 
 def batches(rows: PackedRows, batch: int, seed: int, start_step: int = 0) -> Iterator[PackedRows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -33,7 +34,7 @@ def take(documents: Iterator[Encoded], rows: int, length: int, share: int | None
 
 def cut(document: Encoded, size: int | None) -> Encoded:
     """Return the first `size` tokens of a document."""
-    return Encoded(document.ids[:size], document.labels[:size])
+    return replace(document, ids=document.ids[:size], labels=document.labels[:size])
 
 
 def take_shared(documents: Iterator[Encoded], data: Data, most: int | None) -> tuple[PackedRows, int]:

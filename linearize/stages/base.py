@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from linearize import checkpoint
 from linearize.data import Corpus, PackedRows, batches, rows_seen
 from linearize.data.packing import cut
-from linearize.errors import LinearizeError
+from linearize.errors import LinearizeError, memory_full
 from linearize.interrupt import Signals, Stopped
 from linearize.processes import Processes
 from linearize.recipe_stages import EndToEnd, Stage
@@ -506,7 +506,9 @@ def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Para
     while True:
         try:
             return _accumulate(runner, rows, runner.micro)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not memory_full(error):
+                raise
             if runner.micro == 1 or runner.run.processes.sharded:  # under FSDP2 the others are in the same pass
                 raise _no_room(runner, rows.length, str(error)) from error
         runner.shrink()

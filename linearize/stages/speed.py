@@ -116,6 +116,8 @@ class FastDecoder:
     def _capture(self, input_ids: Tensor, position_ids: Tensor) -> None:
         self.shape = input_ids.shape
         self.trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        # The capture has a stream of its own; a wait between streams is all that comes of it.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
         try:
             self.graphed = torch.cuda.make_graphed_callables(
                 _Decoder(self.decoder).train(), (input_ids, two_documents(position_ids)), allow_unused_input=True

@@ -93,6 +93,22 @@ def test_a_saved_corpus_comes_back_equal(source, tokenizer, tmp_path):
     assert (corpus.fingerprint, corpus.description) == (again.fingerprint, again.description)
 
 
+def test_every_row_begins_as_the_tokenizer_begins_texts(bos_tokenizer, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": "abcdefgh" * size}) + "\n" for size in (300, 9, 40, 400, 70, 7)))
+    build_corpus(data(str(path)), bos_tokenizer, train_tokens=1280, seed=0).save(tmp_path / "corpus")
+    corpus = Corpus.load(tmp_path / "corpus")
+    for rows in (corpus.train, corpus.held_out, corpus.with_length(16).train):
+        assert (rows.input_ids[:, 0] == bos_tokenizer.bos_token_id).all()
+        assert (rows.input_ids[:, 1:] == bos_tokenizer.bos_token_id).sum() < len(rows)  # where documents begin
+
+
+def test_a_tokenizer_that_puts_nothing_first_leaves_rows_as_they_are(source, tokenizer):
+    corpus = build_corpus(data(source), tokenizer, train_tokens=640, seed=0)
+    assert corpus.train.bos is None
+    assert "bos" not in corpus.settings
+
+
 def test_a_damaged_saved_corpus_is_refused(source, tokenizer, tmp_path):
     corpus = build_corpus(data(source), tokenizer, train_tokens=640, seed=0)
     corpus.save(tmp_path)

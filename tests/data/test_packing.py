@@ -48,10 +48,11 @@ def test_inputs_are_int64_copies_for_a_model():
     assert all(tensor.dtype == torch.int64 for tensor in inputs.values())
 
 
+@pytest.mark.parametrize("bos", [None, 99])
 @pytest.mark.parametrize("length", [4, 8, 16])
-def test_rows_that_are_cut_are_those_of_the_shorter_length(length):
+def test_rows_that_are_cut_are_those_of_the_shorter_length(length, bos):
     prompt = Encoded(list(range(60)), [IGNORE] * 40 + list(range(40, 60)))
-    known = [*documents(7, 30, 1, 2, 45), prompt, *documents(15)]
+    known = [replace(document, bos=bos) for document in (*documents(7, 30, 1, 2, 45), prompt, *documents(15))]
     rows = pack(known, length=16)
     short = pack(known, length=length)
     whole = cut(rows, length)
@@ -59,6 +60,15 @@ def test_rows_that_are_cut_are_those_of_the_shorter_length(length):
         assert torch.equal(tensor, short.tensors()[name]), name
     assert whole.tensors()["labels"].dtype == torch.int32
     assert cut(rows, 16) is rows
+
+
+def test_a_document_that_goes_on_in_a_row_begins_there_with_its_first_special_token():
+    rows = pack([replace(document, bos=99) for document in documents(3, 7, 4)], length=5)
+    assert rows.input_ids.tolist() == [[0, 1, 2, 3, 4], [99, 6, 7, 8, 9]]  # the next document begins in the third row
+    rows = pack([replace(document, bos=99) for document in documents(3, 7, 6)], length=4)
+    assert rows.input_ids.tolist() == [[0, 1, 2, 3], [99, 5, 6, 7], [99, 9, 10, 11], [99, 13, 14, 15]]
+    assert rows.labels.tolist()[1] == [IGNORE, 5, 6, 7]
+    assert rows[[1]].bos == rows.joined(rows).bos == 99
 
 
 def test_rows_with_masks_keep_their_labels_where_they_are_cut():

@@ -19,7 +19,6 @@ from torch import nn
 from linearize import workspace, yaml_io
 from linearize.api import check_device, check_dtype, load
 from linearize.checkpoint import write_text
-from linearize.data import PackedRows
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
 from linearize.errors import LinearizeError
 from linearize.eval.controls import CONTROLS, applicable
@@ -324,8 +323,8 @@ def _cut(own: EvaluationText, suite: Suite, asked: dict[str, Any]) -> Evaluation
                 f"--{key} {asked[key]} is more than the run held out ({len(own.rows)} rows of {own.rows.length} "
                 "tokens), and the rest was trained on. Lower it, or give other text with --data."
             )
-    tensors = {name: t[: suite.rows, : suite.length] for name, t in own.rows.tensors().items()}
-    rows = PackedRows(**tensors, masked=own.rows.masked)
+    ids, places, labels = (tensor[: suite.rows, : suite.length] for tensor in own.rows.tensors().values())
+    rows = replace(own.rows, input_ids=ids, position_ids=places, labels=labels)
     return replace(own, rows=rows[rows.predicted().any(1).nonzero()[:, 0]])
 
 

@@ -115,12 +115,23 @@ class Data(Strict):
 class Quick(Strict):
     """What `--quick` changes, so that the whole recipe runs on a CPU in minutes: builtin data, these sizes, and one
     sample of the probe for each task and length.
+
+    Args:
+        tokens: of all stages.
+        length: tokens a row.
+        batch: rows a step.
+        held_out: rows.
+        window: the longest of any layer, since rows are shorter; null leaves them.
+        cross_entropy: the largest factor on the text in `distill`: so little text teaches its own words and nothing
+            else; null leaves it.
     """
 
     tokens: int = Field(40_000, ge=1)
     length: int = Field(512, ge=8)
     batch: int = Field(2, ge=1)
     held_out: int = Field(8, ge=1)
+    window: int | None = Field(None, ge=1)
+    cross_entropy: float | None = Field(None, gt=0)
 
 
 class Recipe(Strict):
@@ -502,9 +513,17 @@ class Recipe(Strict):
         tree["data"] = _tree(Data(length=self.quick.length, held_out=self.quick.held_out))
         for stage in tree["stages"]:
             stage["batch"], stage["micro_batch"], stage["length"] = self.quick.batch, 1, None
+            if self.quick.cross_entropy is not None and stage["stage"] == "distill":
+                stage["cross_entropy"] = min(stage["cross_entropy"], self.quick.cross_entropy)
             if stage["stage"] == "preference":
                 stage.update(source="builtin", split="train", format="auto")
         tree["probe"]["samples"] = 1
+        most, window = self.quick.window, None if self.mixer is None else self.mixer.window
+        if most is not None and window is not None:
+            size = window.size
+            tree["mixer"]["window"]["size"] = (
+                [min(one, most) for one in size] if isinstance(size, list) else min(window.sizes[-1], most)
+            )
         recipe = self.parse(tree, self.name)
         return recipe.with_tokens(self.quick.tokens) if self.stages else recipe
 

@@ -172,6 +172,9 @@ def main() -> None:
         parser.error(str(error))
     given.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    share = (os.cpu_count() or 1) // (given.jobs * len(given.gpus or [""]))  # else every run takes all cores
+    for name in "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS":
+        os.environ.setdefault(name, str(max(1, share)))
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, stop)
     if given.seconds:

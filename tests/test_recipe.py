@@ -10,7 +10,7 @@ from linearize import yaml_io
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.recipe import Recipe, recipe_names, recipe_path
 from linearize.recipe_mixer import Mixer, Part, Window
-from linearize.recipe_stages import Finetune, Transfer
+from linearize.recipe_stages import Distill, Finetune, Transfer
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_packaged_names() -> None:
 
 @pytest.mark.parametrize("name", ["liger", "lolcats"])
 def test_demo_recipes_stay_small(name: str) -> None:
-    recipe = Recipe.from_yaml(name)
+    recipe = Recipe.from_yaml(name).prepare(quick=True)
     assert recipe.mixer is not None
     assert recipe.mixer.window is not None
     assert recipe.mixer.window.size <= 64
@@ -56,7 +56,8 @@ def test_controls_train_as_liger_does() -> None:
     for name in ("control/softmax-lora", "control/window-only", "control/memory-only"):
         control = Recipe.from_yaml(name)
         assert control.data == liger.data
-        assert control.quick == liger.quick
+        windows = control.mixer is not None and control.mixer.window is not None
+        assert control.quick == liger.quick.model_copy(update={} if windows else {"window": None})
         assert control.stages[-1].model_copy(update={"tokens": liger.stages[-1].tokens}) == liger.stages[-1]
         assert sum(s.tokens for s in control.stages) == sum(s.tokens for s in liger.stages)
 
@@ -253,6 +254,23 @@ def test_quick_uses_builtin_data(recipe: Recipe) -> None:
     assert quick.data.length == 64
     assert [stage.batch for stage in quick.stages] == [3, 3]
     assert [stage.tokens for stage in quick.stages] == [30_000, 10_000]
+
+
+@pytest.mark.parametrize(("size", "quick"), [(128, 64), (32, 32), ([16, 256], [16, 64]), ({"cache": 0.1}, 64)])
+def test_quick_windows_and_text_are_no_more_than_its_section_says(size: object, quick: object) -> None:
+    quick_section, stages = {"window": 64, "cross_entropy": 0.1}, [{"stage": "transfer"}, {"stage": "distill"}]
+    recipe = Recipe.model_validate(
+        {"name": "r", "mixer": {"window": {"size": size}}, "stages": stages, "quick": quick_section}
+    )
+    for factor, kept in ((1.0, 0.1), (0.05, 0.05)):
+        stage = recipe.with_overrides([f"stages.1.cross_entropy={factor}"]).with_quick().stages[1]
+        assert isinstance(stage, Distill)
+        assert stage.cross_entropy == kept
+    mixer = recipe.with_quick().mixer
+    assert mixer is not None
+    assert mixer.window is not None
+    assert mixer.window.size == quick
+    assert recipe.with_overrides(["mixer.window=null", "mixer.combine=memory_only"]).with_quick().stages
 
 
 def test_assignment_is_validated(recipe: Recipe) -> None:

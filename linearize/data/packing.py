@@ -63,9 +63,9 @@ class PackedRows:
 
     def joined(self, other: PackedRows) -> PackedRows:
         """Return these rows and those of `other` behind them."""
-        theirs = other.tensors()
-        joined = {name: torch.cat([tensor, theirs[name]]) for name, tensor in self.tensors().items()}
-        return PackedRows(**joined, masked=self.masked, bos=self.bos)
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        ids, positions, labels = (torch.cat(pair) for pair in pairs)
+        return PackedRows(ids, positions, labels, self.masked, self.bos)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the three tensors by name."""
@@ -99,8 +99,8 @@ def pack(documents: Sequence[Encoded], length: int) -> PackedRows:
         positions[start : start + size] = np.arange(size)
         start += size
     bos = next((document.bos for document in documents if document.bos is not None), None)
-    rows = PackedRows(*(torch.from_numpy(array[None]) for array in (ids, positions, labels)), bos=bos)
-    return _cut(rows, length)
+    one, places, labelled = (torch.from_numpy(array[None]) for array in (ids, positions, labels))
+    return _cut(PackedRows(one, places, labelled, bos=bos), length)
 
 
 def cut(rows: PackedRows, length: int) -> PackedRows:

@@ -305,7 +305,7 @@ def test_the_softmax_control_is_a_plain_checkpoint(teacher, tmp_path) -> None:
     changed = {
         name.rpartition(".")[0].rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])
     }
-    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_evaluate_and_generate_a_finished_folder(teacher, tmp_path) -> None:

@@ -72,7 +72,7 @@ def test_alias(alias: str, cache: Path) -> None:
 def test_the_headline(cache: Path) -> None:
     plan = make_plan(Recipe.from_yaml("liger"), load_config(resolve("llama-3-8b")), model="llama-3-8b")
     assert [layer.index for layer in plan.layers] == list(range(32))
-    assert all((layer.window, layer.sinks, layer.memory) == (64, 4, "softmax, key, additive") for layer in plan.layers)
+    assert all((layer.window, layer.sinks, layer.memory) == (128, 4, "softmax, key, additive") for layer in plan.layers)
     assert plan.cache[1024][0] == 2 * 32 * 8 * 128 * 2 * 1024
     console = Console(record=True, width=120)
     console.print(plan.render())
@@ -268,7 +268,7 @@ def test_memories_make_way_for_exact_heads_that_fill_their_layers(heads, best: i
 def test_a_layer_of_exact_heads_alone(tiny_config) -> None:
     plan = make_plan(short("liger", "exact_heads=[[0,0],[0,1]]"), tiny_config())
     assert (plan.layers[0].window, plan.layers[0].memory) == (0, "")
-    assert plan.layers[1].window == 64
+    assert plan.layers[1].window == 128
 
 
 def test_sliding_window_teacher(tiny_config) -> None:
@@ -425,7 +425,9 @@ def test_a_feed_forward_target_that_is_not_there_alone_is_an_error(family: str, 
 
 def test_fused_projections_take_all_of_q_k_and_v(tiny_config) -> None:
     plain = make_plan(short("liger"), tiny_config("phi3"))
-    named = make_plan(short("liger", "stages.1.lora.targets=[qkv_proj, o_proj]"), tiny_config("phi3"))
+    named = make_plan(
+        short("liger", "stages.1.lora.targets=[qkv_proj, o_proj, gate_up_proj, down_proj]"), tiny_config("phi3")
+    )
     assert plain.stages[1].trained == named.stages[1].trained
     with pytest.raises(LinearizeError, match=r"'up_proj' without 'gate_proj'.*gate_up_proj"):
         make_plan(short("liger", "stages.1.lora.targets=[up_proj, o_proj]"), tiny_config("phi3"))

@@ -66,10 +66,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except RuntimeError as error:
-        if debug or not memory_full(error):
+        said = memory_full(error)
+        if debug or said is None:
             raise
-        first = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        typer.echo(f"error: Memory is full ({first}). End what else runs on this device, or name another.", err=True)
+        typer.echo(f"error: Memory is full ({said}). End what else runs on this device, or name another.", err=True)
         sys.exit(2)
     except SystemExit as stopped:
         if isinstance(stopped.__context__, typer.Abort):

@@ -22,10 +22,16 @@ class LinearizeError(ValueError):
         super().__init__(TOKEN.sub("hf_...", CONTROL.sub(" ", message)))
 
 
-def memory_full(error: RuntimeError) -> bool:
-    """Return whether an error says that a device has no memory left, be it PyTorch's, the driver's or a library's."""
+def memory_full(error: RuntimeError) -> str | None:
+    """Return what an error says of a device that has no memory left, be it PyTorch's, the driver's or a library's.
+
+    Returns:
+        Its first three sentences; None for another error.
+    """
     words = str(error).lower()
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in words or "alloc_failed" in words
+    if type(error).__name__ != "OutOfMemoryError" and "out of memory" not in words and "alloc_failed" not in words:
+        return None
+    return ". ".join(str(error).partition("\n")[0].split(". ")[:3]).rstrip(".")
 
 
 class UnknownNameError(LinearizeError):

@@ -172,7 +172,8 @@ def main() -> None:
         parser.error(str(error))
     given.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    share = (os.cpu_count() or 1) // (given.jobs * len(given.gpus or [""]))  # else every run takes all cores
+    gpus = given.gpus or [None]
+    share = (os.cpu_count() or 1) // (given.jobs * len(gpus))  # else every run takes all cores
     for name in "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS":
         os.environ.setdefault(name, str(max(1, share)))
     for number in signal.SIGTERM, signal.SIGINT:
@@ -183,7 +184,7 @@ def main() -> None:
         timer.start()
     free: Queue[str | None] = Queue()
     for _ in range(given.jobs):
-        for gpu in given.gpus or [None]:
+        for gpu in gpus:
             free.put(gpu)
     began = time.monotonic()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linearize.errors import memory_full
 from linearize.eval.logits import evaluation_mode, language_model
 from linearize.eval.memory import tensor_bytes
 
@@ -73,7 +74,9 @@ def measure_speed(model: Any, context: int, batch: int, *, new_tokens: int = 32,
                 cache, token = _prefill(model, ids)
                 times.append(_now(device) - start)
             seconds = _decode(model, cache, token, new_tokens, device)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if memory_full(error) is None:
+            raise
         torch.cuda.empty_cache()
         return SpeedRow(context, batch, note="out of memory")
     first = median(times[1:])

@@ -507,10 +507,11 @@ def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Para
         try:
             return _accumulate(runner, rows, runner.micro)
         except RuntimeError as error:
-            if not memory_full(error):
+            said = memory_full(error)
+            if said is None:
                 raise
             if runner.micro == 1 or runner.run.processes.sharded:  # under FSDP2 the others are in the same pass
-                raise _no_room(runner, rows.length, str(error)) from error
+                raise _no_room(runner, rows.length, said) from error
         runner.shrink()
         for parameter in trained.values():
             parameter.grad = None
@@ -518,7 +519,7 @@ def _gradients(runner: StageRunner, rows: PackedRows, trained: dict[str, nn.Para
         runner.run.tell({"event": "memory", "rows": runner.micro})
 
 
-def _no_room(runner: StageRunner, length: int, detail: str) -> LinearizeError:
+def _no_room(runner: StageRunner, length: int, said: str) -> LinearizeError:
     """Return the error for a stage that memory does not hold, with what takes less of it."""
     settings = runner.settings
     ways = ["give rows fewer tokens (`data.length`, or the stage's `length`)", "end what else runs on this device"]
@@ -528,9 +529,8 @@ def _no_room(runner: StageRunner, length: int, detail: str) -> LinearizeError:
         ways.insert(0, "set the stage's `gradient_checkpointing` to true")
     todo = "; or ".join(ways)
     count = "one row" if runner.micro == 1 else f"{runner.micro} rows"
-    first = ". ".join(detail.splitlines()[0].split(". ")[:3]).rstrip(".")
     return LinearizeError(
-        f"Memory is full in the stage `{settings.stage}` with {count} of {length:,} tokens at a time ({first}). "
+        f"Memory is full in the stage `{settings.stage}` with {count} of {length:,} tokens at a time ({said}). "
         f"{todo[0].upper()}{todo[1:]}."
     )
 

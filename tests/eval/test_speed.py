@@ -18,11 +18,14 @@ def test_a_teacher_and_its_student_are_timed_by_the_same_loop(random_teacher, ma
     assert short.cache_bytes == long.cache_bytes < first.cache_bytes
 
 
-def test_what_does_not_fit_is_said(random_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory\nSearch for")]
+)
+def test_what_does_not_fit_is_said(error: RuntimeError, random_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_teacher()
 
     def full(*_: object, **__: object) -> None:
-        raise torch.cuda.OutOfMemoryError("no room")
+        raise error
 
     monkeypatch.setattr(model, "forward", full)
     row = measure_speed(model, 8, 1)

@@ -19,13 +19,14 @@ def test_a_teacher_and_its_student_are_timed_by_the_same_loop(random_teacher, ma
 
 
 @pytest.mark.parametrize(
-    "error", [torch.cuda.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory\nSearch for")]
+    ("kind", "words"),
+    [(torch.cuda.OutOfMemoryError, "no room"), (RuntimeError, "CUDA error: out of memory\nSearch for")],
 )
-def test_what_does_not_fit_is_said(error: RuntimeError, random_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_said(kind: type, words: str, random_teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_teacher()
 
     def full(*_: object, **__: object) -> None:
-        raise error
+        raise kind(words)
 
     monkeypatch.setattr(model, "forward", full)
     row = measure_speed(model, 8, 1)

@@ -624,9 +624,10 @@ def test_a_row_that_does_not_fit_into_memory_is_one_message(make_run, stage, way
 
 
 @pytest.mark.parametrize(
-    "full", [torch.OutOfMemoryError("simulated"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")]
+    ("kind", "words"),
+    [(torch.OutOfMemoryError, "simulated"), (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")],
 )
-def test_a_batch_that_does_not_fit_into_memory_is_cut_and_gives_the_same_weights(make_run, full) -> None:
+def test_a_batch_that_does_not_fit_into_memory_is_cut_and_gives_the_same_weights(make_run, kind, words) -> None:
     ends, told = [], []
     for fits in (4, 1):
         run = make_run(LIGER, folder=str(fits))
@@ -637,7 +638,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_cut_and_gives_the_same_weights
 
         def backward(rows, share, plain=plain, fits=fits):
             if len(rows) > fits:
-                raise full
+                raise kind(words)
             return plain(rows, share)
 
         runner.backward = backward

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linearize.errors import LinearizeError
-from linearize.headers import gguf_elements
 from linearize.weights import check_gguf, check_promise, check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMMON = ("\u2581the", "\u0120the")  # one token wherever a vocabulary has it: of SentencePiece, of byte-level BPE
+BEGINS = "tokenizer.ggml.add_bos_token"  # the file's word on whether its tokenizer puts a token first
 # Above this many parameters the copy is stored in bfloat16: fp32 would be eight times the GGUF file.
 FP32_LIMIT = 1_000_000_000
 
@@ -38,11 +38,11 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    check_gguf(path)
+    header = check_gguf(path)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         check_sizes(config, str(path))
-        check_promise(config, gguf_elements(path), str(path))
+        check_promise(config, header.elements, str(path))
         packed, report = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -64,6 +64,8 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
             "come apart. Install a later transformers (Gemma's needs 5.18), or give the model's safetensors folder or "
             "hub id instead."
         )
+    if header.values.get(BEGINS) and not tokenizer.encode(""):
+        tokenizer.add_bos_token = True  # transformers 5.18 reads Gemma's without
     if report["missing_keys"]:
         raise LinearizeError(f"{path} lacks {len(report['missing_keys'])} of the model's tensors. Download it again.")
     config = copy.deepcopy(packed.config)

@@ -147,11 +147,13 @@ def from_gguf(path: Path) -> Files:
     Raises:
         LinearizeError: the file is missing, damaged or of an unknown architecture.
     """
-    check_gguf(path)
+    header = check_gguf(path)
     digest = sha256(path)
     target = cache_root() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not (target / "config.json").is_file():
-        origin = Files(target, f"gguf:{path.name}", license=_gguf_license(path), sha256={path.name: digest})
+        stated = header.values.get("general.license")
+        known = stated if isinstance(stated, str) else None
+        origin = Files(target, f"gguf:{path.name}", license=known, sha256={path.name: digest})
         convert_gguf(path, target, _note(origin))
     return from_folder(target)
 
@@ -214,10 +216,3 @@ def _stated_license(folder: Path) -> str | None:
     head = lines[1 : lines.index("---", 1)] if lines[:1] == ["---"] and "---" in lines[1:] else []
     stated = [line.partition(":")[2].strip() for line in head if line.startswith("license:")]
     return stated[0] if stated else None
-
-
-def _gguf_license(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    entry = GGUFReader(path).get_field("general.license")
-    return None if entry is None else str(entry.contents())

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
 GGUF_ITEMS = 2**22  # of an array; the largest vocabularies have a quarter of a million
 GGUF_DIMS = 4
-GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_BOOL, GGUF_STRING, GGUF_ARRAY = 7, 8, 9
+GGUF_TEXT = 65_535  # bytes of a name, by the format, and of a text that is read
+GGUF_ALIGNMENT = 32  # of tensors, where the file does not say another
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each scalar type
 
 
@@ -47,14 +50,29 @@ def safetensors_elements(path: Path) -> int:
             raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
-def gguf_elements(path: Path) -> int:
-    """Return how many elements the tensors of a GGUF file have.
+@dataclass
+class GgufHeader:
+    """What is said of a GGUF file's tensors, and the texts and truth values among its entries.
+
+    Attributes:
+        tensors: how many there are.
+        elements: of all of them.
+        values: of entries by their names.
+    """
+
+    tensors: int = 0
+    elements: int = 0
+    values: dict[str, str | bool] = field(default_factory=dict)
+
+
+def gguf_header(path: Path) -> GgufHeader:
+    """Return the header of a GGUF file, all of whose tensors lie within the file.
 
     Raises:
         ValueError: a count, a type or an offset of the header does not fit the file.
     """
     with path.open("rb") as file:
-        return _Gguf(file, path.stat().st_size).elements()
+        return _Gguf(file, path.stat().st_size).header()
 
 
 class _Gguf:
@@ -65,8 +83,8 @@ class _Gguf:
         self.size = size
         self.order = "<"
 
-    def elements(self) -> int:
-        """Walk to the end of the header and return the elements of all tensors."""
+    def header(self) -> GgufHeader:
+        """Walk to the end of the header."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if self._take(4) != b"GGUF":
@@ -76,10 +94,18 @@ class _Gguf:
         tensors, entries = self._number("Q"), self._number("Q")
         self._fits(tensors, 24, "tensors")
         self._fits(entries, 13, "entries")
+        found, alignment = GgufHeader(tensors), GGUF_ALIGNMENT
         for _ in range(entries):
-            self._skip_string()
-            self._skip_value(self._number("I"))
-        elements = total = 0
+            name, kind = self._text(), self._number("I")
+            if name == "general.alignment" and kind == 4:
+                alignment = self._number("I")
+            elif kind == GGUF_BOOL:
+                found.values[name] = bool(self._number("B"))
+            elif kind == GGUF_STRING:
+                found.values[name] = self._text()
+            else:
+                self._skip_value(kind)
+        end = 0
         for _ in range(tensors):
             self._skip_string()
             dims = self._number("I")
@@ -90,11 +116,12 @@ class _Gguf:
             if kind not in set(GGMLQuantizationType):
                 raise ValueError(f"a tensor has the unknown type {kind}")
             block, length = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            self._number("Q")
-            elements, total = elements + count, total + count // block * length
-        if total > self.size:
-            raise ValueError(f"its tensors take {total:,} bytes, the file has {self.size:,}")
-        return elements
+            end = max(end, self._number("Q") + count // block * length)
+            found.elements += count
+        start = self.file.tell() + -self.file.tell() % max(1, alignment)
+        if start + end > self.size:
+            raise ValueError(f"its tensors end at byte {start + end:,}, the file has {self.size:,}")
+        return found
 
     def _take(self, count: int) -> bytes:
         self._fits(count, 1, "bytes")
@@ -111,6 +138,13 @@ class _Gguf:
     def _skip(self, count: int) -> None:
         self._fits(count, 1, "bytes")
         self.file.seek(count, 1)
+
+    def _text(self) -> str:
+        """Read a string, of a long one its beginning."""
+        length = self._number("Q")
+        text = self._take(min(length, GGUF_TEXT)).decode("utf-8", "replace")
+        self._skip(max(0, length - GGUF_TEXT))
+        return text
 
     def _skip_string(self) -> None:
         self._skip(self._number("Q"))

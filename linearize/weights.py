@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import LinearizeError
-from linearize.headers import gguf_elements, safetensors_elements
+from linearize.headers import GgufHeader, gguf_header, safetensors_elements
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HASH_LIMIT = 2 * 2**30
@@ -78,26 +78,24 @@ def header(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_gguf(path: Path) -> None:
-    """Raise unless a GGUF file can be read to the end of its last tensor.
+def check_gguf(path: Path) -> GgufHeader:
+    """Return the header of a GGUF file that holds all of its tensors.
 
     Raises:
         LinearizeError: there is no such file, it is no GGUF file, or it is cut short.
     """
-    from gguf import GGUFReader
-
     if not path.is_file():
         raise LinearizeError(f"There is no file {path}. Give the path of a .gguf file that exists.")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise LinearizeError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
     try:
-        gguf_elements(path)
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        header = gguf_header(path)
+    except ValueError as error:
         raise LinearizeError(f"{path} is damaged or cut short ({error}). Download it again.") from None
-    if not reader.tensors:
+    if not header.tensors:
         raise LinearizeError(f"{path} holds no tensor. Give a GGUF file with a model's weights.")
+    return header
 
 
 def check_sizes(config: Any, where: str) -> None:

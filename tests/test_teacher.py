@@ -6,6 +6,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize import aliases, fetch
 from linearize.aliases import alias_names, read_alias
@@ -239,6 +240,7 @@ def write_gguf(
     quantization: gguf.GGMLQuantizationType,
     without: str = "",
     merges: Sequence[str] = ("a b", "ab c", "t h", "th e", "\u0120 the"),
+    begins: bool = False,
 ) -> torch.nn.Module:
     """Write a tiny Llama as GGUF; return it with the weights that the file really holds."""
     config, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
@@ -261,6 +263,7 @@ def write_gguf(
     writer.add_token_merges(merges)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_add_bos_token(begins)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     held = copy.deepcopy(model)
     for name, parameter in held.named_parameters():
@@ -304,6 +307,28 @@ def test_a_tokenizer_that_takes_words_apart_is_refused(cache: Path, make_teacher
     ):
         load(path)
     assert not list(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_tokenizer_puts_first_what_the_file_says(
+    begins: bool, cache: Path, make_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma is lost without; transformers 5.18 leaves it out."""
+    read = AutoTokenizer.from_pretrained
+
+    def as_before(*words: Any, **settings: Any) -> Any:
+        tokenizer = read(*words, **settings)
+        if "gguf_file" in settings:
+            tokenizer.add_bos_token = False
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", as_before)
+    path = tmp_path / "a.gguf"
+    write_gguf(path, AutoModelForCausalLM.from_pretrained(make_teacher()), gguf.GGMLQuantizationType.F32, begins=begins)
+    for _ in range(2):  # as converted, and as kept
+        _, tokenizer, _ = load(path)
+        assert tokenizer.encode("") == [1] * begins
+        assert tokenizer.encode("abc") == [1] * begins + [4]
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])

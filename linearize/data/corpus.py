@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,7 +158,7 @@ def describe(
 
 def encoded_ahead(documents: Iterator[Document], encoded: Callable[[Document], Encoded]) -> Iterator[Encoded]:
     """Yield documents as tokens, in order, while threads tokenize those to come: tokenizers run outside of the GIL."""
-    threads = os.cpu_count() or 1
+    threads = torch.get_num_threads()  # what OMP_NUM_THREADS leaves to a run beside others
     pool = ThreadPoolExecutor(threads)
     try:
         ahead = deque(pool.submit(encoded, document) for document in islice(documents, 2 * threads))

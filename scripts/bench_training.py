@@ -7,7 +7,7 @@
 Rows are packed documents of random tokens. A model flop is one of the student's forward or backward matrix products
 (2 a weight and token forward, as much for the gradient of the input; weights that do not train have no more), the
 teacher's forward in transfer included; attention itself is left out. Exact heads and windows that a probe would choose
-stand anywhere. Prints one table.
+stand anywhere. `--stages finetune` of a recipe that distils is its stage on text alone. Prints one table.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import csv
 import math
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from linearize.aliases import read_alias
 from linearize.data import Corpus, PackedRows
 from linearize.planning import place_heads
 from linearize.recipe import ExactHeads, Recipe
+from linearize.recipe_stages import EndToEnd, Finetune
 from linearize.stages import Run, speed
 from linearize.stages.base import Progress, _accumulate
 from linearize.stages.distill import DistillRunner
@@ -58,6 +60,15 @@ def packed_rows(rows: int, length: int, vocabulary: int) -> PackedRows:
     """Return rows of two documents each."""
     ids = torch.randint(0, vocabulary, (rows, length), dtype=torch.int32)
     return PackedRows(ids, speed.two_documents(ids), ids)
+
+
+def stages_of(recipe: Recipe, wanted: Collection[str]) -> Iterator[Any]:
+    """Yield the stages of a recipe that are wanted; as `finetune`, also what distils, on text alone."""
+    for stage in recipe.stages:
+        if stage.stage in wanted:
+            yield stage
+        if stage.stage == "distill" and "finetune" in wanted:
+            yield Finetune(**stage.model_dump(include=set(EndToEnd.model_fields) - {"stage"}))
 
 
 def measure(stage: Any, model: Any, recipe: Recipe, given: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +191,7 @@ def main() -> None:
         speed.PASSES, speed.WORK = 10**9, math.inf
     model = random_model(given.model, torch.device("cuda"), getattr(torch, given.dtype))
     recipe = place_heads(recipe, model.config, torch.bfloat16)
-    results = [measure(s, model, recipe, given) for s in recipe.stages if s.stage in given.stages]
+    results = [measure(stage, model, recipe, given) for stage in stages_of(recipe, given.stages)]
     report(results, f"{torch.cuda.get_device_name()}, torch {torch.__version__}", given.csv)
 
 

@@ -30,8 +30,7 @@ def alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 def squares(gradients: list[Tensor], processes: Processes = ALONE) -> Tensor:
     """Return the squared norm of each gradient in fp64; of a sharded one, of the whole."""
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norms: list[Tensor] = list(torch._foreach_norm(local))
-    found = torch.stack([norm.double() for norm in norms]).square()
+    found = torch.stack(torch._foreach_norm(local)).double().square()
     sharded = [place for place, gradient in enumerate(gradients) if isinstance(gradient, DTensor)]
     if sharded:
         found[sharded] = processes.sum(found[sharded])

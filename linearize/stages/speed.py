@@ -88,6 +88,7 @@ class FastDecoder:
         self.decoder = model.get_decoder()
         self.layers: list[nn.Module] = []
         self.trained: list[nn.Parameter] = []
+        self.lent: list[nn.Parameter] = []  # whose gradients are the graph's own buffers, which a pass overwrites
         self.graphed: Any = None
         self.shape: torch.Size | None = None
         self.limits = contextlib.ExitStack()
@@ -107,9 +108,10 @@ class FastDecoder:
             self._capture(input_ids, position_ids)
         if self.graphed is None or input_ids.shape != self.shape or not torch.is_grad_enabled():
             return decoder_states(self.decoder, input_ids, position_ids)
-        for parameter in self.trained:
-            if parameter.grad is None:  # else it would become the graph's own buffer
-                parameter.grad = torch.zeros_like(parameter)
+        for parameter in self.lent:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+        self.lent = [parameter for parameter in self.trained if parameter.grad is None]
         states: Tensor = self.graphed(input_ids, position_ids)
         return states
 

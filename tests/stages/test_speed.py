@@ -137,6 +137,40 @@ def test_what_is_captured_is_warmed_up_on_rows_of_several_documents(make_run, mo
     assert seen == [places.tolist(), places.tolist(), [[*range(12), *range(12)]], places.tolist()]
 
 
+def test_passes_of_one_step_add_up_in_gradients_that_a_graph_lends(make_run, monkeypatch) -> None:
+    model = make_run(Mixer.model_validate(MIXERS["gdn"])).model
+    decoder = speed.FastDecoder(model, 0)
+    decoder.captures = True
+    buffers = [torch.zeros_like(p) for p in decoder.decoder.parameters()]
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, ids, *parameters):
+            ctx.ids = ids
+            return sum(p.sum() for p in parameters) * ids.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            for buffer in buffers:
+                buffer.fill_(float(grad * ctx.ids.sum()))
+            return None, *(buffer.detach() for buffer in buffers)
+
+    def capture(*_, **__):
+        return lambda ids, _: Replayed.apply(ids, *decoder.decoder.parameters())
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    places = torch.arange(24)[None]
+    parameters = list(decoder.decoder.parameters())
+    for passes in (1, 3, 2):
+        for times in range(passes):
+            decoder(places + times, places).backward()
+        wanted = sum(float((places + times).sum()) for times in range(passes))
+        assert all(torch.equal(p.grad, torch.full_like(p, wanted)) for p in parameters)
+        for parameter, buffer in zip(parameters, buffers, strict=True):
+            assert (parameter.grad.data_ptr() == buffer.data_ptr()) == (passes == 1)  # nothing is copied for one pass
+            parameter.grad = None
+
+
 def test_a_capture_that_fails_says_what_went_wrong_first(make_run, monkeypatch) -> None:
     def capture(*_, **__):
         try:

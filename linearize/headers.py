@@ -105,7 +105,7 @@ class _Gguf:
                 found.values[name] = self._text()
             else:
                 self._skip_value(kind)
-        end = 0
+        end = total = 0
         for _ in range(tensors):
             self._skip_string()
             dims = self._number("I")
@@ -116,11 +116,13 @@ class _Gguf:
             if kind not in set(GGMLQuantizationType):
                 raise ValueError(f"a tensor has the unknown type {kind}")
             block, length = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            end = max(end, self._number("Q") + count // block * length)
+            held = count // block * length
+            end, total = max(end, self._number("Q") + held), total + held
             found.elements += count
         start = self.file.tell() + -self.file.tell() % max(1, alignment)
-        if start + end > self.size:
-            raise ValueError(f"its tensors end at byte {start + end:,}, the file has {self.size:,}")
+        needed = start + max(end, total)  # tensors that lie on each other would promise what is not there
+        if needed > self.size:
+            raise ValueError(f"its tensors take {needed:,} bytes, the file has {self.size:,}")
         return found
 
     def _take(self, count: int) -> bytes:

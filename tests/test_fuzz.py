@@ -261,6 +261,8 @@ FORGED_GGUF = {
     "array": forge_gguf(entries=1, rest=entry(9, struct.pack("<IQ", 4, 2**62))),
     "nested": forge_gguf(entries=1, rest=entry(9, struct.pack("<IQ", 9, 2**20)) + bytes(64)),
     "dimensions": forge_gguf(tensors=1, rest=struct.pack("<QI", 0, 2**31) + bytes(64)),
+    "overlap": forge_gguf(tensors=9, rest=9 * struct.pack("<QIQIQ", 0, 1, 64, 0, 0) + bytes(400)),
+    "end": forge_gguf(tensors=1, rest=struct.pack("<QIQIQ", 0, 1, 64, 0, 2**40) + bytes(400)),
     "shape": forge_gguf(tensors=1, rest=struct.pack("<QIQQIQ", 0, 2, 2**40, 2**40, 0, 0) + bytes(64)),
 }
 

@@ -64,7 +64,7 @@ def convert_gguf(path: Path, target: Path, notes: dict[str, str]) -> None:
             "come apart. Install a later transformers (Gemma's needs 5.18), or give the model's safetensors folder or "
             "hub id instead."
         )
-    if header.values.get(BEGINS) is True and not tokenizer.encode(""):
+    if header.flags.get(BEGINS) and not tokenizer.encode(""):
         tokenizer.add_bos_token = True  # transformers 5.18 reads Gemma's without
     if report["missing_keys"]:
         raise LinearizeError(f"{path} lacks {len(report['missing_keys'])} of the model's tensors. Download it again.")

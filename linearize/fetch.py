@@ -151,9 +151,8 @@ def from_gguf(path: Path) -> Files:
     digest = sha256(path)
     target = cache_root() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not (target / "config.json").is_file():
-        stated = header.values.get("general.license")
-        known = stated if isinstance(stated, str) else None
-        origin = Files(target, f"gguf:{path.name}", license=known, sha256={path.name: digest})
+        stated = header.texts.get("general.license")
+        origin = Files(target, f"gguf:{path.name}", license=stated, sha256={path.name: digest})
         convert_gguf(path, target, _note(origin))
     return from_folder(target)
 

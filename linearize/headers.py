@@ -15,7 +15,7 @@ from typing import BinaryIO
 SAFETENSORS_HEADER = 100_000_000  # bytes, the format's own limit
 GGUF_ITEMS = 2**22  # of an array; the largest vocabularies have a quarter of a million
 GGUF_DIMS = 4
-GGUF_BOOL, GGUF_STRING, GGUF_ARRAY = 7, 8, 9
+GGUF_UINT32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY = 4, 7, 8, 9
 GGUF_TEXT = 65_535  # bytes of a name, by the format, and of a text that is read
 GGUF_ALIGNMENT = 32  # of tensors, where the file does not say another
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each scalar type
@@ -57,12 +57,14 @@ class GgufHeader:
     Attributes:
         tensors: how many there are.
         elements: of all of them.
-        values: of entries by their names.
+        texts: entries that are texts, by their names.
+        flags: entries that are true or false.
     """
 
     tensors: int = 0
     elements: int = 0
-    values: dict[str, str | bool] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
 
 
 def gguf_header(path: Path) -> GgufHeader:
@@ -97,12 +99,12 @@ class _Gguf:
         found, alignment = GgufHeader(tensors), GGUF_ALIGNMENT
         for _ in range(entries):
             name, kind = self._text(), self._number("I")
-            if name == "general.alignment" and kind == 4:
+            if name == "general.alignment" and kind == GGUF_UINT32:
                 alignment = self._number("I")
             elif kind == GGUF_BOOL:
-                found.values[name] = bool(self._number("B"))
+                found.flags[name] = bool(self._number("B"))
             elif kind == GGUF_STRING:
-                found.values[name] = self._text()
+                found.texts[name] = self._text()
             else:
                 self._skip_value(kind)
         end = total = 0

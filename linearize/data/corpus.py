@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +159,7 @@ def describe(
 
 def encoded_ahead(documents: Iterator[Document], encoded: Callable[[Document], Encoded]) -> Iterator[Encoded]:
     """Yield documents as tokens, in order, while threads tokenize those to come: tokenizers run outside of the GIL."""
-    threads = torch.get_num_threads()  # what OMP_NUM_THREADS leaves to a run beside others
+    threads = os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads)
     try:
         ahead = deque(pool.submit(encoded, document) for document in islice(documents, 2 * threads))

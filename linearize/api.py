@@ -21,6 +21,7 @@ from linearize.adapter import is_adapter, joined
 from linearize.checkpoint import replace_text, sync, sync_all, write_text
 from linearize.data import Corpus, build_corpus, build_preferences
 from linearize.data.sources import check_source, is_lazy, is_local, source_names
+from linearize.environment import check_writable
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
@@ -610,16 +611,16 @@ def describe(job: Job, results: dict[str, Any], work: Path, scores: ProbeScores 
             lock["chosen"]["windows"] = chosen["mixer"]["window"]["size"]
         if job.recipe.memory_choice is not None:
             lock["chosen"]["memory_layers"] = chosen["mixer"]["memory_layers"]
-        _write_probe(scores, final, chosen["exact_heads"])
+        scores.write(final / FILE)
+        _draw_probe(scores, final, chosen["exact_heads"])
     write_text(final / workspace.RESULTS, json.dumps(results, indent=2))
     write_pages(final, results, records)
     lock["files"] = sorted([*written_files(final), workspace.LOCK])
     write_text(final / workspace.LOCK, yaml_io.dump(lock))
 
 
-def _write_probe(scores: ProbeScores, folder: Path, chosen: list[list[int]]) -> None:
-    """Write the scores and their heat map."""
-    scores.write(folder / FILE)
+def _draw_probe(scores: ProbeScores, folder: Path, chosen: list[list[int]]) -> None:
+    """Write the heat map of the scores."""
     picture = draw_png("probe", {"scores": scores, "chosen": chosen})
     assert picture is not None
     (folder / "probe.png").write_bytes(picture)
@@ -666,11 +667,13 @@ def probe(
                 "or replace it with --fresh."
             )
         return scores, folder
+    check_writable(folder, "Give another folder with --output.")
     loaded, tokenizer, _ = load_teacher(job.source, job.dtype, job.device, job.trust_remote_code)
     scores = _score(loaded, tokenizer, job.recipe, job.source.name, job.seed, watch or (lambda event: None))
     folder.mkdir(parents=True, exist_ok=True)
+    scores.write(folder / FILE)
     chosen = resolve_heads(job.recipe, scores, config, job.dtype).model_dump(mode="json")["exact_heads"]
-    _write_probe(scores, folder, chosen)
+    _draw_probe(scores, folder, chosen)
     return scores, folder
 
 

@@ -528,6 +528,21 @@ def test_the_probe_alone_serves_plans_and_runs(teacher, tmp_path, monkeypatch):
         plan(teacher, "untrained", overrides=[*given[:-1], f"probe.file={tmp_path / 'other.json'}"])
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_loads(place, teacher, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(api, "load_teacher", None)
+    with pytest.raises(LinearizeError, match=r"cannot be written: .*--output"):
+        api.probe(teacher, "untrained", tmp_path / place, overrides=SMALL)
+
+
+def test_scores_are_kept_before_anything_is_chosen_by_them(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "resolve_heads", None)
+    with pytest.raises(TypeError):
+        api.probe(teacher, "untrained", tmp_path / "new" / "probe", overrides=SMALL)
+    assert len(ProbeScores.read(tmp_path / "new" / "probe" / "probe.json").heads()) == 6
+
+
 def test_a_budget_that_buys_no_head_needs_no_probe(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(api, "run_probe", None)
     out = linearize(teacher, "untrained", tmp_path / "out", overrides=[*SMALL, "exact_heads.cache=2%"]).output

@@ -61,6 +61,7 @@ from linearize.teacher import (
     resolve,
 )
 
+SEEDS = 2**32
 PROMPT = "A Python function is defined with the keyword"
 Watch = Callable[[dict[str, Any]], None]
 
@@ -131,6 +132,7 @@ def prepare_job(
     layers: str | None = None,
 ) -> Job:
     """Resolve and check everything that can be checked without loading weights; see `linearize` for the arguments."""
+    check_seed(seed)
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
     where = check_device(device)
     _check_backend()
@@ -716,6 +718,16 @@ def _check_backend() -> None:
     name = os.environ.get("LINEARIZE_BACKEND", "")
     if name and name not in BACKENDS:
         raise UnknownNameError("backend", name, BACKENDS, "LINEARIZE_BACKEND")
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless a number can be the seed of everything random.
+
+    Raises:
+        LinearizeError: it cannot.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise LinearizeError(f"--seed is {seed!r}; expected a whole number from 0 to {SEEDS - 1}.")
 
 
 def check_dtype(name: str) -> torch.dtype:

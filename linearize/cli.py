@@ -170,10 +170,23 @@ def run(
     trust_remote_code: Trust = False,
 ) -> None:
     """Convert a model, recover its quality, evaluate and save it."""
-    if dry_run:
-        plan(model, recipe, overrides, data, tokens, quick, device, dtype, stream_layers, layers, trust_remote_code)
-        return
     from linearize import api
+
+    settings: dict[str, Any] = {
+        "data": data,
+        "tokens": _tokens(tokens),
+        "quick": quick,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "overrides": overrides or [],
+        "stream_layers": stream_layers,
+        "layers": layers,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dry_run:
+        _print(api.plan(model, recipe, **settings).render())
+        return
     from linearize.display import RunDisplay, quiet_libraries, show_pushed, show_results
     from linearize.processes import leave
 
@@ -181,23 +194,7 @@ def run(
     display = RunDisplay()
     try:
         result = api.linearize(
-            model,
-            recipe,
-            output,
-            data=data,
-            tokens=_tokens(tokens),
-            quick=quick,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            overrides=overrides or [],
-            fresh=fresh,
-            track=track,
-            push_to_hub=push_to_hub,
-            stream_layers=stream_layers,
-            layers=layers,
-            trust_remote_code=trust_remote_code,
-            watch=display,
+            model, recipe, output, fresh=fresh, track=track, push_to_hub=push_to_hub, watch=display, **settings
         )
     except KeyboardInterrupt as stop:
         display.close()

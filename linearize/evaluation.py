@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from linearize import workspace, yaml_io
-from linearize.api import check_device, check_dtype, load
+from linearize.api import check_device, check_dtype, check_seed, load
 from linearize.checkpoint import write_text
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
 from linearize.errors import LinearizeError
@@ -91,6 +91,7 @@ def evaluate_folder(
     from transformers import AutoConfig, AutoTokenizer
 
     began, tell = time.time(), watch or (lambda words: None)
+    check_seed(seed)
     path = Path(folder)
     if not ((path / "config.json").is_file() and (path / workspace.LOCK).is_file()):  # a control's model is a plain one
         path = workspace.checkpoint_folder(folder)

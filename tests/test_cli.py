@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+import linearize
 from linearize import cli
+from linearize.errors import LinearizeError
 from linearize.recipe import Recipe, recipe_names
 
 
@@ -170,6 +172,21 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], word
     message = refuse(capsys, *arguments)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
+@pytest.mark.parametrize("command", [["run"], ["run", "--dry-run"], ["probe"]])
+def test_a_seed_that_is_none(
+    command: list[str], seed: str, capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path
+) -> None:
+    words = ["--model", tiny, "--recipe", "untrained", "--output", str(tmp_path / "out"), "--seed", seed]
+    assert f"--seed is {seed}; expected a whole number from 0 to 4294967295" in refuse(capsys, *command, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_seed_that_is_no_whole_number(tiny: str) -> None:
+    with pytest.raises(LinearizeError, match="--seed is '1'"):
+        linearize.plan(tiny, "untrained", seed="1")
 
 
 def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,6 +209,7 @@ def test_runs_stand_side_by_side(runs, tmp_path, capsys) -> None:
         (["--against", "{other}"], "its tokenizer is another"),
         (["--data", "{place}/a.txt", "--data", "{place}/b/a.txt"], "names texts alike"),
         (["--dtype", "int8"], "'int8'"),
+        (["--seed", "-1"], "--seed is -1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words, message, runs, tmp_path, capsys, save_teacher) -> None:

@@ -41,14 +41,16 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
         dtype: of q, k and v.
 
     Raises:
-        ValueError: `LINEARIZE_BACKEND` names no backend.
+        ValueError: `LINEARIZE_BACKEND` names no backend, or one that does not run on the device.
     """
     forced = os.environ.get("LINEARIZE_BACKEND", "")
+    kind = torch.device(device).type
     if forced:
         if forced not in BACKENDS:
             raise ValueError(f"LINEARIZE_BACKEND={forced!r} is unknown; expected one of {', '.join(BACKENDS)}.")
+        if forced == "triton" and kind == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+            raise ValueError("LINEARIZE_BACKEND='triton' needs a GPU, and the tensors are on the CPU; unset it.")
         return forced, "LINEARIZE_BACKEND says so"
-    kind = torch.device(device).type
     if kind != "cuda":
         return "torch", f"Triton kernels need a CUDA device, the tensors are on {kind}"
     if not _triton_module(op):

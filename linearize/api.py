@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +26,7 @@ from linearize.eval import TeacherReference, evaluate, sample
 from linearize.head_scores import FILE, ProbeScores
 from linearize.hub import Pushed, check_repository, push, written_files
 from linearize.interrupt import Signals
-from linearize.kernels.backend import BACKENDS
+from linearize.kernels.backend import explain
 from linearize.modeling import auto_class, classes_for
 from linearize.modeling.export import save_checkpoint
 from linearize.planning import (
@@ -135,7 +134,6 @@ def prepare_job(
     check_seed(seed)
     chosen = Recipe.resolve(recipe).prepare(data=data, tokens=tokens, quick=quick, overrides=overrides)
     where = check_device(device)
-    _check_backend()
     for stage in chosen.stages:
         if isinstance(stage, Distill) and stage.teacher_device is not None:
             check_device(stage.teacher_device, "`teacher_device`")
@@ -699,25 +697,21 @@ def check_device(name: str | None, setting: str = "--device") -> torch.device:
     """Return the device that a setting names; the first GPU by default, else the CPU.
 
     Raises:
-        LinearizeError: there is no such device.
+        LinearizeError: there is no such device, or `LINEARIZE_BACKEND` names nothing that runs on it.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     except RuntimeError as error:
         raise LinearizeError(f"{setting} {name} is no device; use cpu, cuda or cuda:1.") from error
     if device.type not in ("cpu", "cuda"):
         raise LinearizeError(f"{setting} {name} is not served; use cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LinearizeError(f"{setting} {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
+    try:
+        explain("gated_linear", device, torch.float32)
+    except ValueError as error:
+        raise LinearizeError(str(error)) from None
     return device
-
-
-def _check_backend() -> None:
-    name = os.environ.get("LINEARIZE_BACKEND", "")
-    if name and name not in BACKENDS:
-        raise UnknownNameError("backend", name, BACKENDS, "LINEARIZE_BACKEND")
 
 
 def check_seed(seed: int) -> None:

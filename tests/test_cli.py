@@ -283,10 +283,22 @@ def test_full_memory_is_one_message(
         cli.main(["eval", tiny])
 
 
-def test_doctor_with_an_unknown_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LINEARIZE_BACKEND", "cuda")
-    assert run("doctor") == 2
-    assert "error: LINEARIZE_BACKEND='cuda' is unknown" in capsys.readouterr().err
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("command", ["run", "plan", "generate", "doctor"])
+def test_a_backend_that_cannot_run_here(
+    command: str, backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path
+) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "config.json").write_text('{"linearize": {"mixer": {}}}')
+    given = {"run": ["--output", str(tmp_path / "out")], "generate": [str(tmp_path), "hello"], "doctor": []}
+    model = ["--model", tiny, "--recipe", "liger"] if command in ("run", "plan") else []
+    capsys.readouterr()
+    assert run(command, *model, *given.get(command, [])) == 2
+    error = capsys.readouterr().err
+    assert f"error: LINEARIZE_BACKEND='{backend}' {'is unknown' if backend == 'cuda' else 'needs a GPU'}" in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_run_from_end_to_end(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path) -> None:

@@ -229,6 +229,12 @@ def test_what_cannot_be_measured_is_refused(words, message, runs, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_a_backend_that_cannot_run_here_is_refused(runs, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", "triton")
+    assert run("eval", runs["liger"], "--device", "cpu", "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.startswith("error: LINEARIZE_BACKEND='triton' needs a GPU")
+
+
 @pytest.fixture(scope="module")
 def others(runs, tmp_path_factory, save_teacher) -> dict[str, Path]:
     """Window-only controls that are not like for like, and one that is, of a copy of the teacher."""

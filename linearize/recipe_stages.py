@@ -13,14 +13,14 @@ class Optimizer(Strict):
     """AdamW and its schedule. `warmup` and the cosine are fractions of the stage's steps.
 
     Args:
-        lr: learning rate.
+        lr: learning rate, 1 at most.
         mixer_lr: learning rate of the mixers' own parameters, on the same schedule; `lr` then serves all others.
         schedule: `plateau` lowers the rate tenfold where the held-out loss stays, down to `min_lr`.
         clip: largest norm of the gradients; null leaves them.
     """
 
-    lr: float = Field(1e-3, gt=0)
-    mixer_lr: float | None = Field(None, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1)
+    mixer_lr: float | None = Field(None, gt=0, le=1)
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1)
     min_lr: float = Field(0.0, ge=0)

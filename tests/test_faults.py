@@ -365,6 +365,18 @@ def test_numbers_that_are_not_finite(run, record, monkeypatch) -> None:
     record("every gradient of a layer is NaN", code, said, left(Path("out.partial")))
 
 
+def test_weights_that_are_not_finite_at_the_end_of_a_stage(run, record, monkeypatch) -> None:
+    finish = FinetuneRunner.finish
+
+    def broken(self: Any) -> None:
+        finish(self)
+        next(part for name, part in self.run.model.named_parameters() if self.changes(name)).data.fill_(float("inf"))
+
+    monkeypatch.setattr(FinetuneRunner, "finish", broken)
+    code, said = run()
+    record("a weight is not finite at the end of a stage", code, said, left(Path("out.partial")))
+
+
 def test_damaged_data(run, record, whole, monkeypatch) -> None:
     interrupted(run, monkeypatch)
     file = Path("out.partial/data/rows.safetensors")

@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from linearize.errors import LinearizeError, UnknownNameError
 from linearize.mixers.mixer import TokenMixer
@@ -21,6 +21,7 @@ PARTS: dict[str, Registry[type]] = {
     "memory": memories,
     "combine": combines,
 }
+FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def check_mixer(mixer: dict[str, Any], where: str = "mixer", causal: bool = True) -> None:
@@ -213,7 +214,7 @@ def _check_part(registry: Registry[type], part: dict[str, Any], where: str) -> A
                 f"Options: {', '.join(known) or 'none'}."
             )
         try:
-            TypeAdapter(hints[key]).validate_python(value, strict=True)
+            TypeAdapter(hints[key], config=FINITE).validate_python(value, strict=True)
         except ValidationError as error:
             expected = getattr(hints[key], "__name__", str(hints[key]))
             raise LinearizeError(f"`{where}.{key}` must be {expected}, got {value!r}.") from error

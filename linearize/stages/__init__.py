@@ -6,10 +6,12 @@ import shutil
 from typing import Any
 
 from linearize import checkpoint
+from linearize.errors import LinearizeError
 from linearize.stages.base import Run, StageRunner, train
 from linearize.stages.distill import DistillRunner
 from linearize.stages.finetune import FinetuneRunner
 from linearize.stages.preference import PreferenceRunner
+from linearize.stages.spikes import not_finite
 from linearize.stages.transfer import TransferRunner
 
 RUNNERS: dict[str, type[StageRunner]] = {
@@ -31,6 +33,9 @@ def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = N
 
     Returns:
         Tokens and seconds of training.
+
+    Raises:
+        LinearizeError: it cannot go on, or what it trained is not finite.
     """
     runner = runner or RUNNERS[settings.stage](settings, run)
     ended = run.folder / f"{name}-ended"
@@ -51,8 +56,13 @@ def run_stage(settings: Any, run: Run, name: str, runner: StageRunner | None = N
                 shutil.rmtree(path)
 
     def end(spent: dict[str, float]) -> None:
+        tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
+        if broken := not_finite(tensors.items()):
+            raise LinearizeError(
+                f"Stage {name!r} ended with weights that are not finite, {broken} among them, and is not kept. Lower "
+                "its `optimizer.lr` or `optimizer.weight_decay`, and start anew with --fresh."
+            )
         if processes.main:
-            tensors = {key: t for key, t in run.model.state_dict().items() if runner.changes(key)}
             checkpoint.save(ended, checkpoint.distinct(tensors).items(), spent)
             checkpoint.remove(run.folder / name)
         processes.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -97,6 +97,15 @@ class Spikes:
         )
 
 
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with a number that is not finite, of one that is sharded in its part here."""
+    for name, tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not bool(local.isfinite().all()):
+            return name
+    return None
+
+
 def diagnose(runner: Any, rows: PackedRows, losses: dict[str, Any], norms: dict[str, float]) -> str:
     """Say which layer a loss or gradient that is not finite comes from, as far as one more forward pass tells.
 
@@ -107,10 +116,8 @@ def diagnose(runner: Any, rows: PackedRows, losses: dict[str, Any], norms: dict[
         norms: of the gradients, by layer.
     """
     model = runner.run.model
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if not bool(local.isfinite().all()):
-            return f"the weight {name} is not finite"
+    if name := not_finite(model.named_parameters()):
+        return f"the weight {name} is not finite"
     layers = [index for index, loss in losses.get("layers", {}).items() if not math.isfinite(loss)]
     if layers:
         return f"the loss of layer {min(layers)} is not finite"

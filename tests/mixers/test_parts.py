@@ -52,6 +52,7 @@ WRONG = {
                              "`skip`.*sum of weights"),
     "features per channel": ({"feature_map": "hedgehog", "memory": "scan"}, "a feature per channel"),
     "an uneven scan": ({"memory": {"name": "scan", "state": 7}}, "`state` must divide the head dim"),
+    "a gate that is no number": ({"gate": {"name": "scalar", "bias": float("nan")}}, "must be float, got nan"),
     "no rank": ({"memory": {"name": "scan", "rank": 0}}, "`rank` must be at least 1"),
     "steps": ({"gate": {"name": "dt", "shortest": 0.2}}, "`shortest`.*`longest`"),
     "rates": ({"gate": {"name": "dt", "fastest": -1.0}}, "`fastest` must lie above 0"),

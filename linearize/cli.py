@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        words = _with_command([word for word in given if word != "--debug"])
+        words = _check_words(_with_command([word for word in given if word != "--debug"]))
         app(args=words, prog_name="linearize", obj=_again(given))
     except LinearizeError as error:
         if debug:
@@ -127,6 +128,19 @@ def _with_command(given: list[str]) -> list[str]:
             "without it; runs alone take several."
         )
     return given
+
+
+def _check_words(words: list[str]) -> list[str]:
+    """Return the words of a command, none of them empty but a prompt: an empty path is the working folder."""
+    for before, word in pairwise(words):
+        option, equals, value = word.partition("=")
+        if equals and not value and option.startswith("--"):
+            raise LinearizeError(f"{option} is empty. Give it a value, or leave it out.")
+        if not word and before.startswith("--"):
+            raise LinearizeError(f"{before} is empty. Give it a value, or leave it out.")
+        if not word and (words[0] != "generate" or before == words[0]):
+            raise LinearizeError(f"An argument of `{words[0]}` is empty. Give it a value, or leave it out.")
+    return words
 
 
 def _print_version(asked: bool) -> None:

@@ -212,6 +212,7 @@ def test_exact_heads_and_some_layers(teacher, tmp_path) -> None:
         ({"overrides": ["mixer.gate=kye"]}, "Did you mean 'key'"),
         ({"overrides": ["mixer.gate={name: key, normaliser: 2.0}"]}, "Did you mean 'normalizer'"),
         ({"data": "missing.jsonl"}, "missing.jsonl"),
+        ({"data": ""}, "`data.source` names '', and there is no such"),
         ({"dtype": "fp8"}, "Unknown dtype"),
         ({"overrides": ["probe.tasks=[passkee]"]}, r"`probe\.tasks.*Did you mean 'passkey'"),
         ({"track": "tensorbord"}, "Did you mean 'tensorboard'"),

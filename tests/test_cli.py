@@ -174,6 +174,27 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], word
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "", "--recipe", "liger"], "--model"),
+        (["--model=", "--recipe", "liger"], "--model"),
+        (["--model", "x", "--recipe", "liger", "--data", ""], "--data"),
+        (["--model", "x", "--recipe", "liger", "--output="], "--output"),
+        (["--model", "x", "--recipe", "liger", "--track", "", "--quick"], "--track"),
+        (["eval", "x", "--against", ""], "--against"),
+        (["eval", ""], "An argument of `eval`"),
+        (["compare", "x", ""], "An argument of `compare`"),
+        (["generate", "", "hello"], "An argument of `generate`"),
+    ],
+)
+def test_an_empty_value_is_no_value(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"error: {named} is empty. Give it a value" in refuse(capsys, *arguments)
+
+
 @pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
 @pytest.mark.parametrize("command", [["run"], ["run", "--dry-run"], ["probe"]])
 def test_a_seed_that_is_none(

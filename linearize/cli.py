@@ -382,9 +382,11 @@ def validate(
     from linearize.mixers import check_mixer
     from linearize.recipe import Recipe
 
-    recipe = Recipe.from_yaml(file, overrides or [])
+    asked = Recipe.from_yaml(file)
+    recipe = asked.with_overrides(overrides or [])
     if recipe.mixer is not None:
         check_mixer(recipe.mixer.model_dump(), causal=recipe.causal)
+    recipe.check_probe(asked)
     if model is not None:
         api.plan(model, recipe)
     typer.echo(f"{file} is a valid recipe{f' for {model}' if model else ''}.")

@@ -333,6 +333,22 @@ class Recipe(Strict):
                 "there are none; drop it"
             )
 
+    def check_probe(self, before: Recipe) -> None:
+        """Raise where `probe` is set and a run makes none; `linearize probe` makes one whatever a recipe chooses.
+
+        Args:
+            before: this recipe before overrides, which may take away what the probe chose and leave its settings.
+
+        Raises:
+            LinearizeError: it is.
+        """
+        if self.probed or before.probed or self.probe in (Probe(), Probe(samples=1)):  # the latter is of `with_quick`
+            return
+        raise LinearizeError(
+            f"`probe` of recipe {self.name!r} has no effect where nothing is chosen `by` it. Drop it, or let it "
+            "choose: `exact_heads: {keep: 7}`."
+        )
+
     @property
     def probed(self) -> bool:
         """Whether layers, heads, memories or sizes of windows are still to be chosen by the probe."""

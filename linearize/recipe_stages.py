@@ -33,6 +33,8 @@ class Optimizer(Strict):
         for name, rate in (("lr", self.lr), ("mixer_lr", self.mixer_lr)):
             if rate is not None and self.min_lr > rate:
                 raise ValueError(f"min_lr ({self.min_lr:g}) is above {name} ({rate:g})")
+        if self.schedule == "constant" and self.min_lr:
+            raise ValueError("`min_lr` has no effect with `schedule: constant`, which stays at `lr`; drop it")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
         return self

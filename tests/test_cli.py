@@ -195,6 +195,18 @@ def test_an_empty_value_is_no_value(
     assert f"error: {named} is empty. Give it a value" in refuse(capsys, *arguments)
 
 
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+@pytest.mark.parametrize("command", ["run", "plan", "validate"])
+def test_a_probe_that_nothing_asks_for(
+    command: str, quick: list[str], capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path
+) -> None:
+    words = ["liger"] if command == "validate" else ["--model", tiny, "--recipe", "liger", "data.length=64", *quick]
+    assert "`probe` of recipe 'liger' has no effect" in refuse(capsys, command, *words, "probe.samples=2")
+    assert run("plan", "--model", tiny, "--recipe", "liger", "data.length=64", *quick) == 0
+    for chosen in ([], ["exact_heads=[]"]):  # what an override takes away leaves the recipe's settings of the probe
+        assert run("validate", "untrained", "probe.samples=2", *chosen) == 0
+
+
 @pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
 @pytest.mark.parametrize("command", [["run"], ["run", "--dry-run"], ["probe"]])
 def test_a_seed_that_is_none(

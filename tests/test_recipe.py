@@ -132,6 +132,10 @@ def test_a_part_is_a_name_or_a_mapping() -> None:
         ),
         ("name: r\nstages: [{stage: transfer, optimizer: {lr: .inf}}]", ["`stages.0.optimizer.lr`", "finite", "inf"]),
         ("name: r\nstages: [{stage: transfer, optimizer: {lr: 1e38}}]", ["`stages.0.optimizer.lr`", "equal to 1"]),
+        (
+            "name: r\nstages: [{stage: transfer, optimizer: {schedule: constant, min_lr: 1e-5}}]",
+            ["`stages.0.optimizer`", "`min_lr` has no effect with `schedule: constant`"],
+        ),
         ("name: r\nstages: [{stage: transfer, scale: .nan}]", ["`stages.0.scale`", "finite", "nan"]),
         ("name: r\nstages: [{stage: distill, temperature: .inf}]", ["`stages.0.temperature`", "finite", "inf"]),
         ("name: r\nexact_heads: {cache: nan%}", ["`exact_heads.cache`", "finite"]),

@@ -61,22 +61,28 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         words = _check_words(_with_command([word for word in given if word != "--debug"]))
         app(args=words, prog_name="linearize", obj=_again(given))
-    except LinearizeError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except RuntimeError as error:
-        said = memory_full(error)
+    except (LinearizeError, OSError, RuntimeError) as error:
+        said = _mistake(error)
         if debug or said is None:
             raise
-        typer.echo(f"error: Memory is full ({said}). End what else runs on this device, or name another.", err=True)
+        typer.echo(f"error: {said}", err=True)
         sys.exit(2)
     except SystemExit as stopped:
         if isinstance(stopped.__context__, typer.Abort):
             sys.exit(128 + signal.SIGINT)
         raise
     sys.exit(0)
+
+
+def _mistake(error: Exception) -> str | None:
+    """Return what to say of an error that a user or the machine made; None for one of the program's own."""
+    if isinstance(error, LinearizeError):
+        return str(error)
+    if isinstance(error, OSError):
+        named = error.filename is not None and error.strerror is not None
+        return str(LinearizeError(f"{error.filename}: {error.strerror}." if named else str(error))) or None
+    said = memory_full(error) if isinstance(error, RuntimeError) else None
+    return said and f"Memory is full ({said}). End what else runs on this device, or name another."
 
 
 def _processes() -> int:
@@ -131,8 +137,12 @@ def _with_command(given: list[str]) -> list[str]:
 
 
 def _check_words(words: list[str]) -> list[str]:
-    """Return the words of a command, none of them empty but a prompt: an empty path is the working folder."""
+    """Return the words of a command, all of them text, and none empty but a prompt: that is the working folder."""
     for before, word in pairwise(words):
+        if not word.isascii() and word != word.encode(errors="replace").decode():
+            raise LinearizeError(
+                f"{word!r} is not UTF-8 text, as all that reports and settings name must be. Rename it."
+            )
         option, equals, value = word.partition("=")
         if equals and not value and option.startswith("--"):
             raise LinearizeError(f"{option} is empty. Give it a value, or leave it out.")

@@ -195,6 +195,33 @@ def test_an_empty_value_is_no_value(
     assert f"error: {named} is empty. Give it a value" in refuse(capsys, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["validate", "x" * 300 + ".yaml"], "xx.yaml: File name too long."),
+        (["cp", "liger", "x" * 300 + ".yaml"], "xx.yaml: File name too long."),
+        (["--model", "{tiny}", "--recipe", "liger", "data.length=64", "--output", "x" * 300], "File name too long."),
+        (["--model", "{tiny}", "--recipe", "liger", "data.length=64", "--output", "file/x"], "Not a directory."),
+        (
+            ["--model", "{tiny}", "--recipe", "liger", "data.length=64", "--data", "x" * 300 + ".txt"],
+            "no such file or folder",
+        ),
+        (["eval", "caf\udce9"], r"'caf\udce9' is not UTF-8 text"),
+        (["cp", "liger", "none/mine.yaml"], "There is no folder none"),
+    ],
+)
+def test_what_the_system_refuses_is_one_message(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    given = [word.replace("{tiny}", tiny) for word in arguments]
+    assert words in refuse(capsys, *given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "tiny"]
+    with pytest.raises((OSError, LinearizeError)):
+        cli.main([*given, "--debug"])
+
+
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
 @pytest.mark.parametrize("command", ["run", "plan", "validate"])
 def test_a_probe_that_nothing_asks_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -122,7 +123,7 @@ def url_rows(source: str, split: str) -> Iterable[Row]:
 
 def is_local(source: str) -> bool:
     """Tell whether a source is on this machine: `builtin`, or a file or folder that exists."""
-    return source == "builtin" or Path(source).expanduser().exists()
+    return source == "builtin" or os.path.exists(Path(source).expanduser())  # False for a name that is too long
 
 
 def check_source(source: str, setting: str = "`data.source`") -> None:

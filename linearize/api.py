@@ -44,7 +44,7 @@ from linearize.processes import ALONE, Processes
 from linearize.recipe import Recipe
 from linearize.recipe_stages import Distill, Preference, Transfer
 from linearize.report import draw_png, read_metrics, write_pages
-from linearize.report.track import tracker
+from linearize.report.track import check_tracker, tracker
 from linearize.sharding import evaluating, shard
 from linearize.stages import Run, run_stage
 from linearize.stream_plan import parse_layers
@@ -149,9 +149,31 @@ def prepare_job(
     return Job(chosen, source, plan, seed, where, kind, trust_remote_code, stream, part)
 
 
-def plan(model: str | Path, recipe: Recipe | str | Path, **settings: Any) -> Plan:
-    """Return what `linearize(model, recipe, **settings)` would do; no weights are loaded."""
-    return _prepare_run(model, recipe, settings).plan
+def plan(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    output: str | Path | None = None,
+    *,
+    fresh: bool = False,
+    push_to_hub: str | None = None,
+    track: str | None = None,
+    **settings: Any,
+) -> Plan:
+    """Return what `linearize` would do with these arguments; no weights are loaded, and nothing is written.
+
+    Raises:
+        LinearizeError: the run would be refused at its start; of its folder that is known where `output` is given.
+    """
+    _check_beside(push_to_hub, track, settings)
+    job = _prepare_run(model, recipe, settings)
+    folder = _folder(job, output)
+    work = workspace.work_folder(folder)
+    if output is not None:
+        if workspace.finished_results(folder, job.settings(), fresh) is not None:
+            return job.plan
+        workspace.begun(work)
+    check_sources(job.recipe, None if fresh else work)
+    return job.plan
 
 
 def _prepare_run(model: str | Path, recipe: Recipe | str | Path, settings: dict[str, Any]) -> Job:
@@ -160,6 +182,21 @@ def _prepare_run(model: str | Path, recipe: Recipe | str | Path, settings: dict[
     job = prepare_job(model, asked, **settings)
     job.recipe.check_probe(asked)
     return job
+
+
+def _check_beside(push_to_hub: str | None, track: str | None, settings: dict[str, Any]) -> None:
+    """Raise where what a run is to do besides cannot be done."""
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+        if settings.get("layers") is not None:
+            raise LinearizeError("--push-to-hub has nothing to push with --layers, which makes a part; push the merge.")
+    if track is not None:
+        check_tracker(track)
+
+
+def _folder(job: Job, output: str | Path | None) -> Path:
+    """Return a run's output folder."""
+    return Path(f"{job.source.name}-{job.recipe.name.replace('/', '-')}" if output is None else output)
 
 
 def linearize(
@@ -197,18 +234,14 @@ def linearize(
     Raises:
         LinearizeError: something given does not work; the message says what to change.
     """
-    if push_to_hub is not None:
-        check_repository(push_to_hub)
-        if settings.get("layers") is not None:
-            raise LinearizeError("--push-to-hub has nothing to push with --layers, which makes a part; push the merge.")
+    _check_beside(push_to_hub, track, settings)
     try:
         job = _prepare_run(model, recipe, settings)
         processes = Processes.start(job.device)
         check_shared(job.recipe, processes.count, job.stream_layers)
     except LinearizeError as error:
         raise workspace.waiting(error, model, output) from error
-    name = f"{job.source.name}-{job.recipe.name.replace('/', '-')}"
-    folder = Path(output) if output is not None else Path(name)
+    folder = _folder(job, output)
     finished = processes.once(lambda: workspace.finished_results(folder, job.settings(), fresh))
     if finished is not None:
         processes.once(lambda: workspace.clear(folder))
@@ -286,7 +319,7 @@ def load(folder: str | Path, *, teacher: str | None = None, **options: Any) -> A
 def _run(job: Job, work: Path, processes: Processes, watch: Watch, signals: Signals) -> dict[str, Any]:
     """Carry a job out in its work folder and leave the finished checkpoint in `work/final`."""
     began = time.time()
-    processes.once(lambda: _check_sources(job, work))
+    processes.once(lambda: check_sources(job.recipe, work))
     if job.stream_layers:
         from linearize.streaming import run_streamed
 
@@ -493,14 +526,22 @@ def keep_corpus(job: Job, tokenizer: Any, work: Path, processes: Processes = ALO
     return _kept(work / "data", build, processes)
 
 
-def _check_sources(job: Job, work: Path) -> None:
-    """Raise before anything loads where a file is missing that rows are still to be read from."""
-    wanted = [("data", source, "`data.source`") for source in source_names(job.recipe.data)]
-    for name, stage, _ in stage_names(job.recipe):
+def check_sources(recipe: Recipe, work: Path | None = None) -> None:
+    """Raise where a file is missing that rows are still to be read from.
+
+    Args:
+        recipe: as it will run.
+        work: the run's folder, which may hold rows already.
+
+    Raises:
+        LinearizeError: it is.
+    """
+    wanted = [("data", source, "`data.source`") for source in source_names(recipe.data)]
+    for name, stage, _ in stage_names(recipe):
         if isinstance(stage, Preference):
             wanted.append((f"data-{name}", stage.source, f"`source` of the stage {name!r}"))
     for folder, source, setting in wanted:
-        if not (work / folder).exists():
+        if work is None or not (work / folder).exists():
             check_source(source, setting)
 
 
@@ -690,7 +731,7 @@ def _silent(event: dict[str, Any]) -> None:
 
 
 def _watcher(watch: Watch | None, track: str | None, work: Path) -> Watch:
-    log = tracker(track, work) if track else None
+    log = None if track is None else tracker(track, work)
 
     def tell(event: dict[str, Any]) -> None:
         if log is not None and event["event"] == "step":

@@ -183,7 +183,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop, like `linearize plan`.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all of it, print the plan and stop.")] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over in the output folder instead of going on.")
     ] = False,
@@ -197,6 +197,10 @@ def run(
     from linearize import api
 
     settings: dict[str, Any] = {
+        "output": output,
+        "fresh": fresh,
+        "push_to_hub": push_to_hub,
+        "track": track,
         "data": data,
         "tokens": _tokens(tokens),
         "quick": quick,
@@ -217,9 +221,7 @@ def run(
     quiet_libraries()
     display = RunDisplay()
     try:
-        result = api.linearize(
-            model, recipe, output, fresh=fresh, track=track, push_to_hub=push_to_hub, watch=display, **settings
-        )
+        result = api.linearize(model, recipe, watch=display, **settings)
     except KeyboardInterrupt as stop:
         display.close()
         kept = f"{found}. " if (found := getattr(stop, "kept", "")) else ""
@@ -397,6 +399,7 @@ def validate(
     if recipe.mixer is not None:
         check_mixer(recipe.mixer.model_dump(), causal=recipe.causal)
     recipe.check_probe(asked)
+    api.check_sources(recipe)
     if model is not None:
         api.plan(model, recipe)
     typer.echo(f"{file} is a valid recipe{f' for {model}' if model else ''}.")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from linearize import __version__, yaml_io
 from linearize.checkpoint import replace_text, sync, sync_all, write_text
 from linearize.data import Corpus
+from linearize.environment import check_writable
 from linearize.errors import LinearizeError
 from linearize.teacher import TeacherInfo
 
@@ -83,6 +84,20 @@ def locked_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def begun(work: Path) -> bool:
+    """Return whether a run that was begun lies in its work folder.
+
+    Raises:
+        LinearizeError: something else does, or the folder cannot be written.
+    """
+    if (work / SETTINGS).is_file():
+        return True
+    if work.exists() and (not work.is_dir() or any(path.name != LOCK_FILE for path in work.iterdir())):
+        raise LinearizeError(f"{work} exists and is not a run of linearize. Remove it or give another --output.")
+    check_writable(work, "Give another folder with --output.")
+    return False
+
+
 @contextlib.contextmanager
 def hold(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[], None]) -> Iterator[Path]:
     """Give the work folder of a run, made if there is none, and keep other runs out of it.
@@ -99,9 +114,7 @@ def hold(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[]
         LinearizeError: it belongs to a run with other settings, is another run's at this moment, or cannot be written.
     """
     work = work_folder(output)
-    if work.exists() and not (work / SETTINGS).is_file() and any(path.name != LOCK_FILE for path in work.iterdir()):
-        raise LinearizeError(f"{work} exists and is not a run of linearize. Remove it or give another --output.")
-    found = (work / SETTINGS).is_file()
+    found = begun(work)
     if not found:
         check()
     above = [parent for parent in output.absolute().parents if not parent.exists()]  # innermost first

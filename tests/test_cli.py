@@ -496,6 +496,46 @@ def test_a_bad_run_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--data", "none.txt"], "`data.source` names 'none.txt', and there is no such file"),
+        (["--data", "builtin", "stages.0={stage: preference, source: ./none.txt}"], "of the stage 'preference' names"),
+        (["--track", "excel"], "'excel'"),
+        (["--push-to-hub", "me/"], "'me/' names no repository"),
+        (["--output", "file"], "was not written by linearize"),
+        (["--output", "file/out"], "file/out.partial cannot be written: Not a directory. Give another folder"),
+        (["--output", "mine"], "mine exists and was not written by linearize"),
+        (["--output", "other"], "other.partial exists and is not a run of linearize"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(
+    changes: list[str], words: str, capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for place in ("mine", "other.partial"):
+        Path(place).mkdir()
+        Path(place, "thesis.tex").touch()
+    command = ["--model", tiny, "--recipe", "liger", "--quick", "--output", "new/out", "data.length=64"]
+    before = sorted(tmp_path.rglob("*"))
+    message = refuse(capsys, *command, *changes, "--dry-run")
+    assert words in message
+    assert message == refuse(capsys, *command, *changes)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(*command, "--dry-run") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["plan", "validate"])
+def test_a_missing_file_of_data_is_found_by_every_check(
+    command: str, capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path
+) -> None:
+    words = ["liger"] if command == "validate" else ["--model", tiny, "--recipe", "liger"]
+    message = refuse(capsys, command, *words, "data.length=64", f"data.source={tmp_path}/none.jsonl")
+    assert "`data.source` names" in message
+
+
 def test_a_full_disk_is_seen_before_the_run(
     capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,27 @@ from linearize.errors import LinearizeError, UnknownNameError
 Log = Callable[[str, int, dict[str, float]], None]
 
 
+def check_tracker(name: str) -> None:
+    """Raise unless a tracker can be had.
+
+    Raises:
+        UnknownNameError: `name` is neither `tensorboard` nor `wandb`.
+        LinearizeError: the package is not installed.
+    """
+    if name not in MAKERS:
+        raise UnknownNameError("tracker", name, MAKERS, "--track")
+    if find_spec(name) is None:
+        raise LinearizeError(f"--track {name} needs its package: pip install 'linearize[track]'.")
+
+
 def tracker(name: str, folder: Path) -> Log:
     """Return a function that logs numbers of a step.
 
     Args:
-        name: `tensorboard` or `wandb`.
-        folder: where they keep their files.
-
-    Raises:
-        UnknownNameError: `name` is neither.
-        LinearizeError: the package is not installed.
+        name: a tracker, which was checked.
+        folder: where it keeps its files.
     """
-    makers = {"tensorboard": _tensorboard, "wandb": _wandb}
-    if name not in makers:
-        raise UnknownNameError("tracker", name, makers, "--track")
-    try:
-        return makers[name](folder)
-    except ImportError as error:
-        raise LinearizeError(f"--track {name} needs its package: pip install 'linearize[track]' ({error}).") from error
+    return MAKERS[name](folder)
 
 
 def _tensorboard(folder: Path) -> Log:
@@ -51,3 +55,6 @@ def _wandb(folder: Path) -> Log:
     return lambda stage, step, numbers: run.log(
         {f"{stage}/{k}": v for k, v in numbers.items()} | {f"{stage}/step": step}
     )
+
+
+MAKERS: dict[str, Callable[[Path], Log]] = {"tensorboard": _tensorboard, "wandb": _wandb}

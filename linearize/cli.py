@@ -484,9 +484,9 @@ def compare(
     from linearize.report import compare_cells, rich_table
 
     cells = compare_cells(read_all(folders))
-    _print(rich_table(cells, "Evaluations side by side"))
     if output is not None:
         write_comparison(cells, folders, output)
+    _print(rich_table(cells, "Evaluations side by side"))
 
 
 @app.command()

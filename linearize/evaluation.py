@@ -20,6 +20,7 @@ from linearize import workspace, yaml_io
 from linearize.api import check_device, check_dtype, check_seed, load
 from linearize.checkpoint import write_text
 from linearize.data.masking import HELD_OUT_SEED, Masking, mask_rows
+from linearize.environment import check_writable
 from linearize.errors import LinearizeError
 from linearize.eval.controls import CONTROLS, applicable
 from linearize.eval.measure import Bench, Kept, Measured, has_gsm8k
@@ -36,6 +37,7 @@ from linearize.teacher import load_teacher, resolve
 
 FOLDER, RESULTS, PAGE = "eval", "eval.json", "eval.md"
 UNFINISHED = "unfinished.json"
+ELSEWHERE = "Give another with --output."
 FIGURES = ("perplexity", "recall", "cost")
 ANSWERED = ("memory zeroed",)
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
@@ -110,10 +112,11 @@ def evaluate_folder(
         _same_teacher(path, control)
         if not data:
             _same_held_out(path, control)
+    report = Path(output) if output else path / FOLDER
+    check_writable(report, ELSEWHERE)
     names = _row_names([path, *(control for control, _ in kept)])
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = _texts(recipe, tokenizer, settings["seed"], chosen, [data] if isinstance(data, str) else data, sizes)
-    report = Path(output) if output else path / FOLDER
     depends = {
         "suite": chosen.settings(),
         "texts": [text.row() for text in texts],
@@ -428,7 +431,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         write_text(folder / RESULTS, json.dumps(results, indent=2))
         write_text(folder / PAGE, evaluation_page(results, drawn))
     except OSError as error:
-        raise LinearizeError(f"{folder} cannot be written: {error.strerror}. Give another with --output.") from error
+        raise LinearizeError(f"{folder} cannot be written: {error.strerror}. {ELSEWHERE}") from error
 
 
 def compare(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -458,13 +461,16 @@ def write_comparison(cells: Cells, folders: Sequence[str | Path], file: Path) ->
     """Write a comparison as JSON: the folders, and every row of the table by its columns.
 
     Raises:
-        LinearizeError: the file cannot be written.
+        LinearizeError: the file is one of those that were compared, no JSON by its name, or cannot be written.
     """
+    if file.suffix != ".json" or file.resolve() in [_evaluation_file(Path(folder)).resolve() for folder in folders]:
+        reason = "is one of the evaluations" if file.suffix == ".json" else "does not end in .json"
+        raise LinearizeError(f"--output {file} {reason}. Give another .json file for the table.")
     rows = [{"measure": row[0], **dict(zip(cells.header[1:], row[1:], strict=True))} for row in cells.rows]
     try:
         write_text(file, json.dumps({"folders": [str(folder) for folder in folders], "rows": rows}, indent=2))
     except OSError as error:
-        raise LinearizeError(f"{file} cannot be written: {error.strerror}. Give another with --output.") from error
+        raise LinearizeError(f"{file} cannot be written: {error.strerror}. {ELSEWHERE}") from error
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -473,10 +479,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises:
         LinearizeError: there is none, or it is damaged.
     """
-    places = [path] if path.is_file() else [path / FOLDER / RESULTS, path / RESULTS]
-    file = next((place for place in places if place.is_file()), None)
-    if file is None:
-        raise LinearizeError(f"{path} was not evaluated yet. Type `linearize eval {path}` first.")
+    file = _evaluation_file(path)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -484,3 +487,12 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not {"models", "texts", "suite"} <= found.keys():
         raise LinearizeError(f"{file} is no evaluation: it lacks `models`, `texts` or `suite`. Evaluate the run again.")
     return found
+
+
+def _evaluation_file(path: Path) -> Path:
+    """Return the file of an evaluation that is given as such, or as a folder."""
+    places = [path] if path.is_file() else [path / FOLDER / RESULTS, path / RESULTS]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        raise LinearizeError(f"{path} was not evaluated yet. Type `linearize eval {path}` first.")
+    return file

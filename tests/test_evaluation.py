@@ -229,6 +229,14 @@ def test_what_cannot_be_measured_is_refused(words, message, runs, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["a.txt", "a.txt/below"])
+def test_a_report_that_cannot_be_written_is_found_before_anything_loads(place, runs, tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.txt").touch()
+    monkeypatch.setattr("linearize.evaluation.load_teacher", None)
+    with pytest.raises(LinearizeError, match=r"cannot be written: .*--output"):
+        evaluate_folder(runs["liger"], output=tmp_path / place)
+
+
 def test_a_backend_that_cannot_run_here_is_refused(runs, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("LINEARIZE_BACKEND", "triton")
     assert run("eval", runs["liger"], "--device", "cpu", "--output", tmp_path / "out") == 2
@@ -334,13 +342,17 @@ def test_a_control_is_evaluated_on_its_own_and_stands_beside_students(runs, tmp_
     assert "softmax" in printed and "liger" in printed
 
 
-def test_what_cannot_be_compared_is_refused(runs, tmp_path) -> None:
+def test_what_cannot_be_compared_is_refused(runs, tmp_path, capsys) -> None:
     with pytest.raises(LinearizeError, match="was not evaluated yet"):
         compare([tmp_path])
     for name, rows in (("a", 2), ("b", 3)):
         evaluate_folder(runs["liger"], rows=rows, recall="none", samples=1, against="none", output=tmp_path / name)
     with pytest.raises(LinearizeError, match=r"different rows of 'held-out' \(2 of 128 tokens, 3 of 128\)"):
         compare([tmp_path / "a", tmp_path / "b"])
+    for wrong, words in ((tmp_path / "a" / "eval.json", "is one of the evaluations"), (tmp_path / "t", "end in .json")):
+        assert run("compare", tmp_path / "a", "--output", wrong) == 2
+        assert words in capsys.readouterr().err
+    assert compare([tmp_path / "a"]) and not (tmp_path / "t").exists()
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(LinearizeError, match="is no evaluation"):
         compare([tmp_path / "c.json"])

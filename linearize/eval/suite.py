@@ -157,6 +157,8 @@ def _names(text: str, known: Iterable[str], kind: str, flag: str) -> tuple[str, 
     if text == NONE:
         return ()
     chosen = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if NONE in chosen or not chosen:
+        raise LinearizeError(f"{flag} is {text!r}; give {kind}s, separated by commas, or `none` alone.")
     for word in chosen:
         if word not in known:
             raise UnknownNameError(kind, word, [*known, NONE], flag)

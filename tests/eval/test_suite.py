@@ -31,6 +31,8 @@ def test_choices_replace_a_suite_s() -> None:
         ({"name": "quik"}, "Did you mean 'quick'"),
         ({"name": "quick", "recall": "passkeys"}, "Did you mean 'passkey'"),
         ({"name": "quick", "tasks": "piqua"}, "Did you mean 'piqa'"),
+        ({"name": "quick", "tasks": "none,piqa"}, "--tasks is 'none,piqa'; give tasks, .* or `none` alone"),
+        ({"name": "quick", "recall": ","}, "--recall is ','; give recall tasks"),
         ({"name": "quick", "lengths": "many"}, "--lengths is 'many'"),
         ({"name": "quick", "contexts": "0"}, "--contexts is '0'"),
         ({"name": "quick", "limit": 5}, "--limit changes nothing"),

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from linearize.environment import launched
 from linearize.errors import LinearizeError, UnknownNameError, memory_full
 
 app = typer.Typer(
@@ -85,11 +86,6 @@ def _mistake(error: Exception) -> str | None:
     return said and f"Memory is full ({said}). End what else runs on this device, or name another."
 
 
-def _processes() -> int:
-    """Return how many processes a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _first_process() -> bool:
     """Return whether this is the process that speaks, of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
@@ -128,9 +124,9 @@ def _with_command(given: list[str]) -> list[str]:
     commands = [command.name or str(getattr(command.callback, "__name__", "")) for command in app.registered_commands]
     if first not in commands:
         raise UnknownNameError("command", first, commands)
-    if first != "run" and _processes() > 1:
+    if first != "run" and launched() > 1:
         raise LinearizeError(
-            f"`{first}` works in one process, and the launcher started {_processes()}. Call `linearize {first}` "
+            f"`{first}` works in one process, and the launcher started {launched()}. Call `linearize {first}` "
             "without it; runs alone take several."
         )
     return given
@@ -225,7 +221,7 @@ def run(
     except KeyboardInterrupt as stop:
         display.close()
         kept = f"{found}. " if (found := getattr(stop, "kept", "")) else ""
-        again = f"Go on with:\n{context.obj}" if _processes() == 1 else "The same launch goes on."
+        again = f"Go on with:\n{context.obj}" if launched() == 1 else "The same launch goes on."
         raise _stopped(stop, kept + again) from None
     finally:
         display.close()

@@ -9,6 +9,20 @@ from pathlib import Path
 from linearize.errors import LinearizeError
 
 
+def launched() -> int:
+    """Return how many processes the launcher started, 1 without one.
+
+    Raises:
+        LinearizeError: `WORLD_SIZE` is no such number.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal() or int(count) < 1:
+        raise LinearizeError(
+            f"WORLD_SIZE is {count!r} in the environment, where a launcher says how many processes it made; unset it."
+        )
+    return int(count)
+
+
 def check_writable(folder: Path, advice: str) -> None:
     """Raise unless a folder can be written, or made where there is none; nothing is left behind.
 

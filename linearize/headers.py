@@ -78,12 +78,11 @@ def gguf_header(path: Path) -> GgufHeader:
 
 
 class _Gguf:
-    """A walk through a GGUF header (ggml's docs/gguf.md, versions 2 and 3)."""
+    """A walk through a GGUF header (ggml's docs/gguf.md, versions 2 and 3, little-endian)."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file = file
         self.size = size
-        self.order = "<"
 
     def header(self) -> GgufHeader:
         """Walk to the end of the header."""
@@ -91,8 +90,7 @@ class _Gguf:
 
         if self._take(4) != b"GGUF":
             raise ValueError("it does not start with the letters GGUF")
-        if self._number("I") & 0xFFFF == 0:  # a version of the other byte order
-            self.order = ">"
+        self._take(4)  # the version
         tensors, entries = self._number("Q"), self._number("Q")
         self._fits(tensors, 24, "tensors")
         self._fits(entries, 13, "entries")
@@ -137,7 +135,7 @@ class _Gguf:
             raise ValueError(f"it promises {count:,} {what} where {left:,} bytes are left")
 
     def _number(self, kind: str) -> int:
-        return int(struct.unpack(self.order + kind, self._take(struct.calcsize(kind)))[0])
+        return int(struct.unpack(f"<{kind}", self._take(struct.calcsize(f"<{kind}")))[0])
 
     def _skip(self, count: int) -> None:
         self._fits(count, 1, "bytes")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from linearize.environment import launched
 from linearize.errors import LinearizeError
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ class Processes:
             device: where the run goes; on GPUs each process takes its own.
 
         Raises:
-            LinearizeError: the launcher's configuration asks for something that is not served.
+            LinearizeError: the launcher's configuration asks for something that is not served, or is not whole.
         """
         if launched() == 1:
             return cls(device=device)
@@ -78,7 +79,13 @@ class Processes:
                 f"--device {device} names one GPU, and {launched()} processes were started. Give --device "
                 f"{device.type}; each process takes the GPU of its own number."
             )
-        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        try:
+            state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        except ValueError as error:  # of what a launcher sets beside WORLD_SIZE
+            raise LinearizeError(
+                f"WORLD_SIZE is {launched()} in the environment, but: {error}. Start with `accelerate launch` or "
+                "`torchrun`, or unset it."
+            ) from error
         sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         return cls(state.process_index, state.num_processes, state.device, sharded)
 
@@ -197,11 +204,6 @@ class Processes:
 
 
 ALONE = Processes()
-
-
-def launched() -> int:
-    """Return how many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def leave() -> None:

@@ -12,6 +12,7 @@ from linearize.errors import LinearizeError
 from linearize.headers import GgufHeader, gguf_header, safetensors_elements
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+GGUF_VERSIONS = (2, 3)
 HASH_LIMIT = 2 * 2**30
 SIZES = {
     "num_hidden_layers": 4096,
@@ -82,13 +83,20 @@ def check_gguf(path: Path) -> GgufHeader:
     """Return the header of a GGUF file that holds all of its tensors.
 
     Raises:
-        LinearizeError: there is no such file, it is no GGUF file, or it is cut short.
+        LinearizeError: there is no such file, it is no GGUF file or one of another kind, or it is cut short.
     """
     if not path.is_file():
         raise LinearizeError(f"There is no file {path}. Give the path of a .gguf file that exists.")
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise LinearizeError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
+        letters, version = file.read(4), file.read(4)
+    if letters != b"GGUF":
+        raise LinearizeError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
+    if len(version) == 4 and int.from_bytes(version, "little") not in GGUF_VERSIONS:
+        kind = "in big-endian byte order" if version[0] == 0 else f"of version {int.from_bytes(version, 'little')}"
+        raise LinearizeError(
+            f"{path} is a GGUF file {kind}; versions 2 and 3 in little-endian order are read. Convert it anew, or give "
+            "the model's safetensors folder or hub id."
+        )
     try:
         header = gguf_header(path)
     except ValueError as error:
@@ -153,6 +161,7 @@ def check_promise(config: Any, held: int, where: str) -> None:
     Raises:
         LinearizeError: it does, or no model can be made of it.
     """
+    import linearize.families  # noqa: F401  (fills the registry)
     from linearize.registry import families
 
     if config.model_type not in families:

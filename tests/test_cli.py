@@ -249,6 +249,23 @@ def test_a_seed_that_is_no_whole_number(tiny: str) -> None:
         linearize.plan(tiny, "untrained", seed="1")
 
 
+@pytest.mark.parametrize("count", ["x", "", "0", "-2"])
+@pytest.mark.parametrize("command", ["run", "ls"])
+def test_a_launcher_that_says_no_number(
+    command: str, count: str, capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    words = ["--model", tiny, "--recipe", "liger", "--output", str(tmp_path / "out"), "data.length=64"]
+    assert f"WORLD_SIZE is '{count}' in the env" in refuse(capsys, command, *(words if command == "run" else []))
+
+
+def test_a_launcher_that_is_none(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    words = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"]
+    assert "Start with `accelerate launch`" in refuse(capsys, *words)
+
+
 def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--modl", "x", "--recipe", "y") == 2
     assert "--model" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import subprocess
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -377,6 +379,26 @@ def test_truncated_gguf(part: float, tiny_gguf: Path, cache: Path) -> None:
     tiny_gguf.write_bytes(content[: int(len(content) * part)])
     refuse(tiny_gguf, str(tiny_gguf))
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(b"\0\0\0\3", "in big-endian byte order"), (b"\1\0\0\0", "of version 1"), (b"\4\0\0\0", "of version 4")],
+)
+def test_gguf_of_another_kind(version: bytes, words: str, tiny_gguf: Path, cache: Path) -> None:
+    content = tiny_gguf.read_bytes()
+    tiny_gguf.write_bytes(content[:4] + version + content[8:])
+    refuse(tiny_gguf, f"is a GGUF file {words}; versions 2 and 3 in little-endian order are read")
+
+
+def test_a_promise_is_checked_before_anything_else_knows_the_families() -> None:
+    code = (
+        "from transformers import LlamaConfig\n"
+        "from linearize.weights import check_promise\n"
+        "check_promise(LlamaConfig(num_hidden_layers=2), 1000, 'here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "The weights in here lack some of the model's tensors" in done.stderr
 
 
 def test_gguf_without_a_tensor(make_teacher, tmp_path: Path, cache: Path) -> None:

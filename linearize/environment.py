@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ def launched() -> int:
 
 
 def check_writable(folder: Path, advice: str) -> None:
-    """Raise unless a folder can be written, or made where there is none; nothing is left behind.
+    """Raise unless a folder can be written, or made where there is none; it is not made.
 
     Args:
         folder: to be written later.
@@ -33,14 +34,11 @@ def check_writable(folder: Path, advice: str) -> None:
     Raises:
         LinearizeError: it cannot.
     """
-    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]  # innermost first
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder)  # fails where a name is too long, or a parent is a file
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise LinearizeError(f"{folder} cannot be written: {error.strerror}. {advice}") from error
-    finally:
-        for path in made:
-            if os.path.isdir(path):
-                os.rmdir(path)

@@ -82,7 +82,8 @@ def draw(rows: list[dict[str, str]], control: str, output: Path) -> None:
             value = float(row[name]) / (float(base[name]) if ratio else 1)
             marker = "s" if float(row["cache"]) == 1 else "o" if row["recipe"].startswith("paper/") else "*"
             x = 100 * float(row["cache"])
-            color = plt.get_cmap("tab20")(kinds.index(kind) % 20)
+            number = kinds.index(kind)
+            color = plt.get_cmap("tab20" if number < 20 else "tab20b")(number % 20)
             axis.plot(x, value, marker, ms=11 if marker == "*" else 7, color=color, label=kind, clip_on=False)
         axis.set_xscale("log")
         axis.set_xlabel("cache at 8,192 tokens, % of the teacher's")

@@ -260,6 +260,7 @@ def test_a_launcher_that_says_no_number(
 
 
 def test_a_launcher_that_is_none(capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("accelerate.PartialState._shared_state", {})  # which a test before may have filled
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     words = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"]

@@ -171,16 +171,17 @@ def plan(
     if output is not None:
         if workspace.finished_results(folder, job.settings(), fresh) is not None:
             return job.plan
-        workspace.begun(work)
+        if workspace.begun(work) and not fresh:
+            workspace.same_begun(work, job.settings())
     check_sources(job.recipe, None if fresh else work)
     return job.plan
 
 
 def _prepare_run(model: str | Path, recipe: Recipe | str | Path, settings: dict[str, Any]) -> Job:
     """Return the job of a run, which makes no probe that nothing asks for."""
-    asked = Recipe.resolve(recipe)
-    job = prepare_job(model, asked, **settings)
-    job.recipe.check_probe(asked)
+    job = prepare_job(model, recipe, **settings)
+    if not isinstance(recipe, Recipe):  # one in hand may have had overrides, which take away what a probe would choose
+        job.recipe.check_probe(Recipe.resolve(recipe))
     return job
 
 

@@ -134,11 +134,13 @@ def _with_command(given: list[str]) -> list[str]:
 
 def _check_words(words: list[str]) -> list[str]:
     """Return the words of a command, all of them text, and none empty but a prompt: that is the working folder."""
-    for before, word in pairwise(words):
+    for word in words:
         if not word.isascii() and word != word.encode(errors="replace").decode():
             raise LinearizeError(
                 f"{word!r} is not UTF-8 text, as all that reports and settings name must be. Rename it."
             )
+    named = words[: words.index("--")] if "--" in words else words
+    for before, word in pairwise(named):
         option, equals, value = word.partition("=")
         if equals and not value and option.startswith("--"):
             raise LinearizeError(f"{option} is empty. Give it a value, or leave it out.")

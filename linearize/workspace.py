@@ -98,6 +98,11 @@ def begun(work: Path) -> bool:
     return False
 
 
+def same_begun(work: Path, settings: dict[str, Any]) -> None:
+    """Raise unless the run in a work folder was begun with these settings; see `same_settings`."""
+    same_settings(json.loads((work / SETTINGS).read_text(encoding="utf-8")), settings, work, "was begun")
+
+
 @contextlib.contextmanager
 def hold(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[], None]) -> Iterator[Path]:
     """Give the work folder of a run, made if there is none, and keep other runs out of it.
@@ -127,7 +132,7 @@ def hold(output: Path, settings: dict[str, Any], fresh: bool, check: Callable[[]
                 check()
             if not found:
                 write_text(work / SETTINGS, json.dumps(settings, indent=2))
-            same_settings(json.loads((work / SETTINGS).read_text(encoding="utf-8")), settings, work, "was begun")
+            same_begun(work, settings)
             try:
                 yield work
             except LinearizeError:

@@ -1,5 +1,6 @@
 """The command: what it parses, what it prints, and how it fails."""
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 import linearize
-from linearize import cli
+from linearize import api, cli
 from linearize.errors import LinearizeError
 from linearize.recipe import Recipe, recipe_names
 
@@ -232,6 +233,12 @@ def test_a_probe_that_nothing_asks_for(
     assert run("plan", "--model", tiny, "--recipe", "liger", "data.length=64", *quick) == 0
     for chosen in ([], ["exact_heads=[]"]):  # what an override takes away leaves the recipe's settings of the probe
         assert run("validate", "untrained", "probe.samples=2", *chosen) == 0
+
+
+def test_what_overrides_take_from_the_probe(tiny: str) -> None:
+    taken = ["exact_heads=[]", "mixer.window.size=64", "stages.1.window=null", "data.length=64", "stages.0.length=64"]
+    assert run("validate", "best", "--model", tiny, *taken) == 0
+    api.plan(tiny, Recipe.resolve("best").with_overrides(taken))
 
 
 @pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
@@ -543,6 +550,27 @@ def test_a_dry_run_refuses_what_a_run_refuses(
     assert sorted(tmp_path.rglob("*")) == before
     assert run(*command, "--dry-run") == 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_knows_the_settings_of_a_run_that_was_begun(
+    capsys: pytest.CaptureFixture[str], tiny: str, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial").mkdir()
+    settings = api.prepare_job(tiny, "liger", quick=True, overrides=["data.length=64"]).settings()
+    (tmp_path / "out.partial" / "settings.json").write_text(json.dumps(settings))
+    command = ["--model", tiny, "--recipe", "liger", "--quick", "--output", str(tmp_path / "out"), "data.length=64"]
+    assert run(*command, "--dry-run") == 0
+    message = refuse(capsys, *command, "--seed", "5", "--dry-run")
+    assert "was begun with other settings: seed: 0 -> 5" in message
+    assert message == refuse(capsys, *command, "--seed", "5")
+    assert run(*command, "--seed", "5", "--dry-run", "--fresh") == 0
+
+
+def test_a_prompt_may_look_like_an_empty_option(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "is empty" not in refuse(capsys, "generate", "none", "--", "--lr=")
 
 
 @pytest.mark.parametrize("command", ["plan", "validate"])

@@ -31,8 +31,14 @@ def tracker(name: str, folder: Path) -> Log:
     Args:
         name: a tracker, which was checked.
         folder: where it keeps its files.
+
+    Raises:
+        LinearizeError: its package does not load.
     """
-    return MAKERS[name](folder)
+    try:
+        return MAKERS[name](folder)
+    except ImportError as error:  # a package that is there, and broken
+        raise LinearizeError(f"--track {name} cannot load its package: {error}.") from error
 
 
 def _tensorboard(folder: Path) -> Log:

@@ -179,9 +179,10 @@ def plan(
 
 def _prepare_run(model: str | Path, recipe: Recipe | str | Path, settings: dict[str, Any]) -> Job:
     """Return the job of a run, which makes no probe that nothing asks for."""
-    job = prepare_job(model, recipe, **settings)
-    if not isinstance(recipe, Recipe):  # one in hand may have had overrides, which take away what a probe would choose
-        job.recipe.check_probe(Recipe.resolve(recipe))
+    asked = Recipe.resolve(recipe)
+    job = prepare_job(model, asked, **settings)
+    if asked is not recipe:  # an object may have had overrides, which take away what a probe would choose
+        job.recipe.check_probe(asked)
     return job
 
 
